@@ -1,0 +1,98 @@
+# SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint shards import-hf tiny-base train submit export evaluate chat test-hf clean
+
+PYTHON := .venv/bin/python
+# Libraries warn at import about what is not installed here; our own messages are not warnings.
+export PYTHONWARNINGS := ignore::UserWarning,ignore::DeprecationWarning,ignore::FutureWarning,ignore::SyntaxWarning
+UV_VERSION := 0.13.8
+
+# $(call need,A B): stops with one line if a variable that the target needs is not given.
+need = $(foreach name,$(1),$(if $($(name)),,$(error $(name)= is missing; `make help` shows what $@ takes)))
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 20
+
+setup: .venv/.ready ## build .venv from requirements.lock (every other target does this by itself, once)
+
+.venv/.ready: requirements.lock
+	@python=$$(command -v python3.12 || command -v python3); \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "error: $$python is not Python 3.12; install Python 3.12 and try again" >&2; exit 1; }; \
+	$$python -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) -r requirements.lock
+	@touch $@
+
+demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2, export, questions
+	$(PYTHON) -m orchestration.demo $(ARGS)
+
+test: setup ## every CPU test
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: setup ## ruff and pyright
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+shards: setup ## DATA=x.json IMAGES=dir-or-zip OUT=dir [WORKERS=n]: LLaVA rows and images to WebDataset tars, on Ray
+	$(call need,DATA IMAGES OUT)
+	$(PYTHON) -m data_prep.shards --data $(DATA) --images $(IMAGES) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model and encoder to a base folder
+	$(call need,LLM VISION OUT)
+	$(PYTHON) -m pipeline.import_hf --llm $(LLM) --vision $(VISION) --out $(OUT) $(ARGS)
+
+tiny-base: setup ## DATA=x.json OUT=dir [TOKENIZER=dir]: a tiny random base, to try your own data on a CPU
+	$(call need,DATA OUT)
+	$(PYTHON) -m orchestration.tiny_base --data $(DATA) --out $(OUT) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(ARGS)
+
+NPROC ?= 1
+TORCHRUN = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+train: setup ## CONFIG=x.yaml [NPROC=2] [ARGS="a.b=c"]: one stage, under torchrun if NPROC > 1
+	$(call need,CONFIG)
+	@$(PYTHON) -m pipeline.train --config $(CONFIG) $(ARGS) --print-config > /dev/null
+	$(PYTHON) $(TORCHRUN) -m pipeline.train --config $(CONFIG) $(ARGS)
+
+# Code travels with the job; relative paths in the configuration mean this folder, which every node must see.
+ADDRESS ?= http://127.0.0.1:8265
+JOB_PYTHON ?= $(CURDIR)/$(PYTHON)
+JOB_CONFIG_pretrain := configs/demo-stage1.yaml
+JOB_CONFIG_finetune := configs/demo-stage2.yaml
+JOB_ENV := {"env_vars": {"PYTHONWARNINGS": "$(PYTHONWARNINGS)"}}
+# Ray 2.60 protects a cluster with a token as soon as there is one in the home folder; then its clients need it too.
+AUTH := $(if $(wildcard $(HOME)/.ray/auth_token),RAY_AUTH_MODE=$${RAY_AUTH_MODE:-token})
+submit: setup ## JOB=pretrain|finetune [CONFIG=x.yaml] [ADDRESS=http://head:8265] [NPROC=n]: the same on a Ray cluster
+	$(call need,JOB)
+	$(AUTH) $(PYTHON) -m ray.scripts.scripts job submit --address $(ADDRESS) --working-dir . \
+	  --runtime-env-json '$(JOB_ENV)' -- \
+	  $(JOB_PYTHON) -m orchestration.ray_train --config $(or $(CONFIG),$(JOB_CONFIG_$(JOB)),$(error JOB=$(JOB) is unknown; use pretrain or finetune, or give CONFIG=)) --root $(CURDIR) \
+	  --num-workers $(NPROC) $(ARGS)
+
+export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self-contained Hugging Face folder
+	$(call need,CKPT OUT)
+	$(PYTHON) -m pipeline.export --checkpoint $(CKPT) --out $(OUT) $(ARGS)
+
+evaluate: setup ## MODEL=dir DATA=x.json IMAGES=dir: score an exported folder on LLaVA-format questions
+	$(call need,MODEL DATA IMAGES)
+	$(PYTHON) -m pipeline.evaluate --model $(MODEL) --data $(DATA) --images $(IMAGES) $(ARGS)
+
+chat: setup ## MODEL=dir IMAGE=file [ARGS='--question "..."']: talk to an exported folder
+	$(call need,MODEL IMAGE)
+	$(PYTHON) -m pipeline.chat --model $(MODEL) --image $(IMAGE) $(ARGS)
+
+test-hf: setup ## exported folders load, answer and save on transformers 4.57 and 5, each in its own environment
+	@for n in 4 5; do \
+	  test -x .envs/hf$$n/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/hf$$n || exit 1; \
+	  $(PYTHON) -m uv pip install -q --python .envs/hf$$n -r tests/hf_compat/requirements-transformers$$n.txt || exit 1; \
+	done
+	rm -rf .envs/hf_compat
+	$(PYTHON) -m tests.hf_compat.make_folder .envs/hf_compat
+	@for n in 5 4; do \
+	  (cd .envs/hf_compat && env -u PYTHONPATH HF_HOME=$$PWD/home$$n HF_HUB_OFFLINE=1 ../hf$$n/bin/python -m pytest -q \
+	    -p no:cacheprovider -c /dev/null --rootdir=. check_folder.py) || exit 1; \
+	done
+
+clean: ## remove runs and caches; .venv stays
+	rm -rf runs .pytest_cache .ruff_cache .envs
