@@ -1,0 +1,146 @@
+"""The shard plan: which row goes into which shard under which key, before a single image is read.
+
+Everything here is a pure function of the rows, of what was found at their image paths, and of three settings, so that
+any number of workers, finishing in any order, write the same bytes. A plan costs about 150 bytes of memory per row.
+
+    rows 0..n-1  --scan-->  fit rows and rejects  --order-->  shuffled  --cut-->  [0, 4810), [4810, 9655), ...
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from data_prep.images import ImageEntry
+from data_prep.json_rows import Row
+from data_prep.records import Refused, Reject, check_row, refuse
+from data_prep.tar_writer import member_bytes
+
+LAYOUT = 1
+"""Raised when the same input and settings would give other bytes than before."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the bytes of the shards, beside the input itself."""
+
+    shard_bytes: int = 256_000_000
+    seed: int = 0
+    shuffle: bool = True
+    layout: int = LAYOUT
+
+
+@dataclass
+class Scan:
+    """The fit rows of a source in its order (parallel arrays), and the others as rejects."""
+
+    num_rows: int = 0
+    indices: array = field(default_factory=lambda: array("q"))
+    offsets: array = field(default_factory=lambda: array("q"))
+    row_bytes: array = field(default_factory=lambda: array("q"))
+    sample_bytes: array = field(default_factory=lambda: array("q"))
+    rejects: list[Reject] = field(default_factory=list)
+    images_sha256: str = ""
+    modified_sha256: str = ""
+
+
+def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None]) -> Scan:
+    """Returns the plan's raw material: every row checked, every image found and weighed.
+
+    Args:
+        rows: The rows of the source, in order.
+        find: Returns the entry of an image path, or None where there is no such image.
+    """
+    scan, images, modified = Scan(), hashlib.sha256(), hashlib.sha256()
+    for row in rows:
+        scan.num_rows += 1
+        try:
+            paths = check_row(row.value)
+            entries = [find(path) for path in paths]
+            for path, entry in zip(paths, entries, strict=True):
+                images.update(
+                    f"{path}\0{(entry.num_bytes, entry.slot and entry.slot.crc) if entry else None}\n".encode()
+                )
+                modified.update(f"{entry.modified_ns if entry else None}\n".encode())
+            for path, entry in zip(paths, entries, strict=True):
+                if entry is None:
+                    raise Refused("image_missing", "no such image under --images", path)
+        except Refused as problem:
+            scan.rejects.append(refuse(row.index, row.value, problem))
+            continue
+        scan.indices.append(row.index)
+        scan.offsets.append(row.offset)
+        scan.row_bytes.append(row.num_bytes)
+        scan.sample_bytes.append(_estimate_bytes(row.value, [entry.num_bytes for entry in entries if entry]))
+    scan.images_sha256, scan.modified_sha256 = images.hexdigest(), modified.hexdigest()
+    return scan
+
+
+def _estimate_bytes(row: dict, image_bytes: list[int]) -> int:
+    """Returns about the bytes a sample will take in its tar.
+
+    The record is estimated from its texts, not from its spelling in the source, so that a JSON array and the same rows
+    as JSONL are cut alike.
+    """
+    text_bytes = 300 + sum(40 + len(turn["value"]) for turn in row["conversations"])
+    return member_bytes(text_bytes) + sum(member_bytes(size) for size in image_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of the fit rows of a scan, and the places of that order which each shard takes."""
+
+    order: np.ndarray
+    shards: list[range]
+
+
+def build_plan(scan: Scan, settings: Settings) -> Plan:
+    """Returns the plan of a scan: every fit row at exactly one place, every place in exactly one shard."""
+    order = order_rows(len(scan.indices), settings)
+    return Plan(order, list(cut_shards((scan.sample_bytes[row] for row in order), settings.shard_bytes)))
+
+
+def order_rows(num_rows: int, settings: Settings) -> np.ndarray:
+    """Returns int64[num_rows], the row at each place of the plan: a permutation that depends on the seed alone.
+
+    Places are dealt by sorting the raw 64-bit stream of PCG64, which numpy keeps stable across versions (its
+    `permutation` may change).
+    """
+    if not settings.shuffle:
+        return np.arange(num_rows)
+    return np.argsort(np.random.PCG64(settings.seed).random_raw(num_rows), kind="stable")
+
+
+def cut_shards(sample_bytes: Iterable[int], shard_bytes: int) -> Iterator[range]:
+    """Yields the places of each shard in turn: as many samples as fit in `shard_bytes`, at least one."""
+    start, total, place = 0, 0, -1
+    for place, size in enumerate(sample_bytes):
+        if place > start and total + size > shard_bytes:
+            yield range(start, place)
+            start, total = place, 0
+        total += size
+    if place >= start:
+        yield range(start, place + 1)
+
+
+def sample_key(place: int) -> str:
+    """Returns the key of the sample at a place of the plan: of fixed width and without dots, which end a key."""
+    return f"{place:09d}"
+
+
+def shard_name(number: int) -> str:
+    """Returns the name of a shard, without extension."""
+    return f"shard-{number:06d}"
+
+
+def identity(scan: Scan, settings: Settings, data_sha256: str) -> dict:
+    """Returns what must not change between a run and its continuation, by the names a user knows it under."""
+    inputs = {"data (sha256)": data_sha256, "images (sha256 of paths and sizes)": scan.images_sha256}
+    return inputs | {name.replace("_", "-"): value for name, value in asdict(settings).items()}
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Returns one phrase for each entry of two identities that differs."""
+    return [f"{k} was {before.get(k)}, is {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]

@@ -1,0 +1,77 @@
+"""What a sharding run tells its user: progress, one line for each kind of problem, and what was done."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.records import Reject
+
+
+class TooManyRefused(ValueError):
+    """More rows were refused than the user allows."""
+
+
+@dataclass
+class Ledger:
+    """The refused rows so far: one line on the console for each kind of problem, and an end when there are too many."""
+
+    source: str
+    num_rows: int
+    max_bad_fraction: float
+    console: Console
+    rejects: list[Reject] = field(default_factory=list)
+
+    def enter(self, rejects: Iterable[Reject]) -> None:
+        """Adds refused rows.
+
+        Raises:
+            TooManyRefused: Their fraction is above the limit.
+        """
+        known = {reject.kind for reject in self.rejects}
+        for reject in rejects:
+            self.rejects.append(reject)
+            if reject.kind not in known:
+                known.add(reject.kind)
+                self.console.print(f"refused ({reject.kind}): {self.describe(reject)}", highlight=False, markup=False)
+        if len(self.rejects) > self.max_bad_fraction * self.num_rows:
+            raise TooManyRefused(
+                f"{len(self.rejects):,} of {self.num_rows:,} rows of {self.source} refused, more than "
+                f"--max-bad-fraction {self.max_bad_fraction:g} allows; rejects.jsonl says why"
+            )
+
+    def describe(self, reject: Reject) -> str:
+        """Returns one line that names the row and what is wrong with it."""
+        file = f" ({reject.file})" if reject.file else ""
+        return f"{self.source} record {reject.id} (index {reject.index}): {reject.reason}{file}"
+
+    def show_table(self) -> None:
+        """Prints the reasons and how often each was met, if any was."""
+        table = Table("refused because", "rows", "for example")
+        first = {reject.kind: self.describe(reject) for reject in sorted(self.rejects, reverse=True)}
+        for kind, count in Counter(reject.kind for reject in self.rejects).most_common():
+            table.add_row(kind, f"{count:,}", Text(first[kind]))
+        if self.rejects:
+            self.console.print(table)
+
+
+def build_progress(console: Console) -> Progress:
+    """Returns a progress display whose tasks carry a `note`: what a count or a rate is worth saying."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+
+
+def summary_text(manifest: dict, num_kept: int, seconds: float, out: object) -> str:
+    """Returns the closing words of a run; `num_kept` shards were there before it."""
+    kept = f" ({num_kept:,} were there already and verified)" if num_kept else ""
+    return (
+        f"{manifest['num_rows']:,} rows = {manifest['num_samples']:,} samples + {manifest['num_rejected']:,} refused\n"
+        f"{manifest['num_images']:,} images, {manifest['num_bytes'] / 1e6:,.1f} MB in {manifest['num_shards']:,} shards"
+        f"{kept}\n"
+        f"{seconds:,.1f} s, {manifest['num_rows'] / seconds:,.0f} rows/s; fingerprint {manifest['fingerprint'][:16]}\n"
+        f"written to {out}"
+    )

@@ -1,0 +1,95 @@
+"""Runs shard tasks on Ray: the only file of data preparation that knows Ray.
+
+A task carries all it needs and its output is on the disk under its final name or not at all, so a task whose worker
+died is simply run again.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from data_prep.shard_task import ShardSummary, ShardTask, write_shard
+
+OBJECT_STORE_BYTES_PER_WORKER = 32 << 20  # rows travel through it; images do not
+MIN_OBJECT_STORE_BYTES = 128 << 20
+
+
+@contextmanager
+def ray_session(address: str | None, workers: int | None) -> Iterator[int]:
+    """Yields the number of tasks to keep in flight, connected to a cluster or to a Ray started for this block.
+
+    Args:
+        address: `auto`, `ray://host:port` or `host:port` of a cluster; None uses the Ray that this process is already
+            connected to, or starts one on this machine.
+        workers: Tasks at a time; None means every CPU there is.
+
+    Raises:
+        ValueError: There is no cluster at `address`.
+    """
+    started = not ray.is_initialized()
+    if started and address:
+        _connect(address)
+    elif started:
+        workers = workers or len(os.sched_getaffinity(0))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=max(MIN_OBJECT_STORE_BYTES, workers * OBJECT_STORE_BYTES_PER_WORKER),
+        )
+    try:
+        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Joins a cluster, taking this package along, so that its machines need only the dependencies."""
+    package = str(Path(__file__).resolve().parent)
+    environment = {"py_modules": [package], "excludes": ["__pycache__"]}
+    try:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RayError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--address {address}: no Ray cluster answers ({problem}); if it wants a token, set RAY_AUTH_MODE=token"
+        ) from None
+
+
+def run_tasks(tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardSummary]:
+    """Yields the summaries of all tasks as they finish; takes tasks only as fast as it can hand them out.
+
+    Raises:
+        ValueError, OSError: As a task raised it, or its worker died again and again.
+    """
+    remote, tasks, pending = ray.remote(max_retries=3)(write_shard), iter(tasks), []
+    try:
+        while True:
+            pending += [remote.remote(task) for task in islice(tasks, in_flight - len(pending))]
+            if not pending:
+                return
+            (done, *_), pending = ray.wait(pending)
+            yield _result(done)
+    finally:
+        for task in pending:
+            ray.cancel(task)
+
+
+def _result(reference: "ray.ObjectRef") -> ShardSummary:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None  # what the task raised, without Ray's traceback around it
+    except RayError as error:
+        raise ValueError(f"a worker died again and again: {str(error).strip().splitlines()[0]}") from None

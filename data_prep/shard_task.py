@@ -1,0 +1,158 @@
+"""Writes one shard: a pure function of its task, so it may run anywhere, and twice.
+
+Beside shard-000000.tar stands its sidecar shard-000000.json, written after it. The sidecar is the receipt by which a
+later run accepts the tar, and the index by which readers find a sample: sample i is `keys[i]`, the bytes
+`[offsets[i], offsets[i] + sizes[i])`, with CRC-32 `checksums[i]`.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.files import whole_file, write_whole
+from data_prep.images import ImageEntry, check_image, read_image
+from data_prep.records import Refused, Reject, build_record, json_bytes, refuse
+from data_prep.tar_writer import END_OF_ARCHIVE, tar_sample
+
+
+class PlannedRow(NamedTuple):
+    """A row on its way into a shard: `text` is its JSON as the source spells it."""
+
+    key: str
+    index: int
+    text: bytes
+    images: tuple[ImageEntry, ...]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write. With `recheck`, a shard that exists is written again and must come out the same."""
+
+    name: str
+    folder: Path
+    rows: list[PlannedRow]
+    recheck: bool = False
+
+    @property
+    def tar(self) -> Path:
+        """The shard."""
+        return self.folder / f"{self.name}.tar"
+
+    @property
+    def sidecar(self) -> Path:
+        """Its receipt and index."""
+        return self.folder / f"{self.name}.json"
+
+
+class ShardSummary(NamedTuple):
+    """What the driver keeps of a shard."""
+
+    name: str
+    num_samples: int
+    num_images: int
+    tar_bytes: int
+    tar_sha256: str
+    sidecar_bytes: int
+    sidecar_sha256: str
+    rejects: tuple[Reject, ...]
+    is_new: bool
+
+
+def write_shard(task: ShardTask) -> ShardSummary:
+    """Returns the summary of a shard that is on the disk: verified if it was there, written otherwise.
+
+    Raises:
+        ValueError: An image is no longer what it was when the run, or the run that this one continues, began.
+        OSError: A file cannot be read or written.
+    """
+    receipt = _verified_receipt(task)
+    if receipt and not task.recheck:
+        return _summary(task, receipt, is_new=False)
+    samples, rejects, sha256 = [], [], hashlib.sha256()
+    with whole_file(task.tar) as file:
+        for row in task.rows:
+            value = json.loads(row.text)
+            try:
+                blocks = tar_sample(row.key, _members(value, row))
+            except Refused as problem:
+                rejects.append(refuse(row.index, value, problem)._asdict())
+                continue
+            file.write(blocks)
+            sha256.update(blocks)
+            samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
+        file.write(END_OF_ARCHIVE)
+        sha256.update(END_OF_ARCHIVE)
+        sidecar = _sidecar(task, samples, sha256.hexdigest(), rejects)
+        if receipt and receipt != sidecar:
+            raise ValueError(f"images behind {task.tar} are not what they were; use another --out or delete this one")
+    write_whole(task.sidecar, sidecar)
+    return _summary(task, sidecar, is_new=True)
+
+
+def _members(value: dict, row: PlannedRow) -> list[tuple[str, bytes]]:
+    """Returns the record and its images; an image is named after the format its bytes tell, not after its file."""
+    images, infos = [], []
+    for number, entry in enumerate(row.images):
+        data = read_image(entry)
+        info = check_image(data, entry.path)
+        member = info.extension if len(row.images) == 1 else f"{number}.{info.extension}"
+        images.append((member, data))
+        infos.append({"member": member, "path": entry.path, **info._asdict()})
+    return [("json", build_record(value, row.index, infos)), *images]
+
+
+class _Sample(NamedTuple):
+    key: str
+    num_bytes: int
+    checksum: int
+    num_images: int
+
+
+def _sidecar(task: ShardTask, samples: list[_Sample], sha256: str, rejects: list[dict]) -> bytes:
+    """Returns the sidecar of a tar that holds these samples and has this hash."""
+    *offsets, end = accumulate((sample.num_bytes for sample in samples), initial=0)
+    fields = {
+        "version": 1,
+        "tar": task.tar.name,
+        "bytes": end + len(END_OF_ARCHIVE),
+        "sha256": sha256,
+        "checksum": "crc32",
+        "num_planned": len(task.rows),
+        "num_samples": len(samples),
+        "keys": [sample.key for sample in samples],
+        "offsets": offsets,
+        "sizes": [sample.num_bytes for sample in samples],
+        "checksums": [sample.checksum for sample in samples],
+        "num_images": [sample.num_images for sample in samples],
+        "rejects": rejects,
+    }
+    return json_bytes(fields)
+
+
+def _verified_receipt(task: ShardTask) -> bytes | None:
+    """Returns the sidecar of a shard if it is exactly what one derives from the tar on the disk, else None."""
+    samples, sha256 = [], hashlib.sha256()
+    try:
+        receipt = task.sidecar.read_bytes()
+        fields = json.loads(receipt)
+        with task.tar.open("rb") as file:
+            for key, size, num_images in zip(fields["keys"], fields["sizes"], fields["num_images"], strict=True):
+                blocks = file.read(size)
+                sha256.update(blocks)
+                samples.append(_Sample(key, len(blocks), zlib.crc32(blocks), num_images))
+            sha256.update(file.read())
+        return receipt if _sidecar(task, samples, sha256.hexdigest(), fields["rejects"]) == receipt else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _summary(task: ShardTask, sidecar: bytes, is_new: bool) -> ShardSummary:
+    fields, sha256 = json.loads(sidecar), hashlib.sha256(sidecar).hexdigest()
+    rejects = tuple(Reject(**reject) for reject in fields["rejects"])
+    assert len(task.rows) == fields["num_samples"] + len(rejects), f"{task.name} lost a row"
+    counts = (fields["num_samples"], sum(fields["num_images"]), fields["bytes"], fields["sha256"])
+    return ShardSummary(task.name, *counts, len(sidecar), sha256, rejects, is_new)

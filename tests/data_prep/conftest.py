@@ -1,0 +1,61 @@
+"""One local Ray for all sharding tests, and a small LLaVA data set with every kind of row that is fit to train on."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray with two CPUs that sharding finds running and leaves running."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 << 20,
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass
+class Dataset:
+    """A data set on disk: `data` is the JSON of `rows`, `images` the folder its paths are relative to."""
+
+    data: Path
+    images: Path
+    rows: list[dict]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """30 rows: one image (PNG, JPEG, a GIF that is called .jpg), two images, none; texts beyond ASCII; extra keys."""
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    rows = []
+    for i in range(24):
+        name, kind = [("%d.png", "PNG"), ("deep/%d.jpg", "JPEG"), ("%d.jpg", "GIF")][i % 3]
+        Image.new("RGB", (16 + i, 20), (9 * i, 40, 80)).save(folder / (name % i), kind)
+        rows.append(
+            {"id": f"row-{i}", "image": name % i, "conversations": _turns(f"<image>\nWhat is {i}?", "caf\u00e9")}
+        )
+    for i in range(24, 27):
+        rows.append({"id": i, "conversations": _turns("Say hello.", "\u4f60\u597d \U0001f600"), "model": ""})
+    for i in range(27, 30):
+        turns = _turns("<image> and <image>: which is larger?", "the second", "Sure?", "yes")
+        rows.append({"image": ["0.png", f"deep/{i - 26}.jpg" if i < 28 else "3.png"], "conversations": turns})
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(rows, indent=1))
+    return Dataset(data, folder, rows)
+
+
+def _turns(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]

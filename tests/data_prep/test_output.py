@@ -1,0 +1,103 @@
+"""What the files beside the shards say, and when a folder counts as finished, unfinished or somebody else's."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streaming.base.format.base.reader import FileInfo, SplitReader
+
+from data_prep import output
+from data_prep.plan import Scan, Settings
+from data_prep.records import Reject
+from data_prep.shard_task import ShardSummary
+
+LATE = ShardSummary("shard-000001", 3, 2, 9000, "cc", 300, "dd", (Reject(4, "x", None, "role", "why"),), True)
+EARLY = ShardSummary("shard-000000", 5, 6, 8000, "aa", 200, "bb", (), False)
+EMPTY = ShardSummary("shard-000002", 0, 0, 1024, "ee", 100, "ff", (Reject(5, "y", None, "role", "why"),), True)
+SOURCES = {"data": {"name": "rows.json"}}
+
+
+def test_manifest_counts_add_up() -> None:
+    manifest = output.build_manifest([EARLY, LATE], num_rows=9, num_rejected=1)
+    assert manifest["fingerprint"] == hashlib.sha256(b"aa\ncc").hexdigest()
+    counts = {key: value for key, value in manifest.items() if key.startswith("num_")}
+    expected = {"num_rows": 9, "num_samples": 8, "num_rejected": 1, "num_images": 8, "num_shards": 2}
+    assert counts == expected | {"num_bytes": 17000}
+    with pytest.raises(AssertionError, match=r"10 rows became 8 \+ 1"):
+        output.build_manifest([EARLY, LATE], num_rows=10, num_rejected=1)
+
+
+def test_streaming_takes_the_index() -> None:
+    class TarReader(SplitReader):
+        def decode_sample(self, data: bytes) -> dict[str, Any]:
+            return {"data": data}
+
+        def get_sample_data(self, idx: int) -> bytes:
+            return b""
+
+    index = json.loads(json.dumps(output.build_index([EARLY, LATE, EMPTY], Settings())))
+    assert index["version"] == 2 and len(index["shards"]) == 2
+    for shard, summary in zip(index["shards"], (EARLY, LATE), strict=True):
+        assert (shard.pop("version"), shard.pop("format")) == (2, "saisa-tar")
+        for part in ("raw_data", "raw_meta"):
+            shard[part] = FileInfo(**shard[part])
+        reader = TarReader(dirname="", split=None, **shard)
+        assert (len(reader), reader.get_raw_size()) == (summary.num_samples, summary.tar_bytes + summary.sidecar_bytes)
+        assert reader.get_zip_size() is None and reader.raw_data.hashes == {"sha256": summary.tar_sha256}
+        assert reader.raw_meta.basename == f"{summary.name}.json"
+
+
+def test_finalize_puts_rejects_in_the_order_of_the_source(tmp_path: Path) -> None:
+    scan = Scan(num_rows=11, rejects=[Reject(9, "z", "\u00e9.jpg", "image_missing", "gone")])
+    (tmp_path / "shard-000003.tar.1.part").touch()
+    output.finalize(tmp_path, [EMPTY, LATE, EARLY], scan, Settings(), SOURCES)
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["index"] for reject in rejects] == [4, 5, 9]
+    assert rejects[2] == {
+        "source": "rows.json", "index": 9, "id": "z", "file": "\u00e9.jpg", "kind": "image_missing", "reason": "gone"
+    }  # fmt: skip
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [shard["tar"] for shard in manifest["shards"]] == [f"shard-00000{i}.tar" for i in range(3)]
+    assert manifest["settings"] == {"shard_bytes": 256_000_000, "seed": 0, "shuffle": True, "layout": 1}
+    assert manifest["code"].keys() == {"saisa", "pillow"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_is_begun_continued_rechecked_or_refused(tmp_path: Path) -> None:
+    assert output.prepare(tmp_path / "new", {"seed": 0}, "dates") is False
+    folder = tmp_path / "new"
+    assert output.prepare(folder, {"seed": 1}, "dates") is False  # no shard yet: the plan may change
+    (folder / "shard-000000.tar").touch()
+    assert output.prepare(folder, {"seed": 1}, "dates") is False
+    (folder / "manifest.json").touch()
+    with pytest.raises(ValueError, match="holds other shards: seed was 1, is 2; use another --out or delete this one"):
+        output.prepare(folder, {"seed": 2}, "dates")
+    assert output.prepare(folder, {"seed": 1}, "other dates") is True
+    assert (folder / "manifest.json").exists()
+    assert output.prepare(folder, {"seed": 1}, "dates") is False
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"not empty \(it holds thesis\.tex\)"):
+        output.prepare(tmp_path, {"seed": 0}, "dates")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "missing", ["plan.json", "index.json", "manifest.json", "shard-000000.tar", "shard-000000.json"]
+)
+def test_finished_means_that_every_file_is_there(tmp_path: Path, missing: str) -> None:
+    output.prepare(tmp_path, {"seed": 0}, "dates")
+    for name, size in (("tar", EARLY.tar_bytes), ("json", EARLY.sidecar_bytes)):
+        (tmp_path / f"{EARLY.name}.{name}").write_bytes(bytes(size))
+    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
+    manifest = output.finalize(tmp_path, [EARLY], Scan(num_rows=5), Settings(), SOURCES)
+    assert output.finished(tmp_path, {"seed": 0}, "dates") == manifest
+    assert output.finished(tmp_path, {"seed": 1}, "dates") is None
+    assert output.finished(tmp_path, {"seed": 0}, "others") is None
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
