@@ -1,0 +1,111 @@
+"""The sizes of a SAISA model: what the `model:` section of a run configuration holds.
+
+`SaisaConfig` in `model/hf` is the same facts in Hugging Face terms; `model_config_from_hf` alone translates.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VisionConfig(Section):
+    """The frozen encoder. Its remaining sizes live in the base folder, beside its weights."""
+
+    type: Literal["clip", "siglip"] = "clip"
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    image_size: int = Field(gt=0, description="pixels, square")
+    patch_size: int = Field(gt=0, description="pixels, square")
+    select_layer: int = Field(default=-2, description="hidden state that feeds the projectors; -2 is the penultimate")
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens an image becomes (the class token is dropped)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
+            raise ValueError(
+                f"model.vision.select_layer={self.select_layer} must be one of the {self.num_layers + 1} hidden "
+                f"states of an encoder with model.vision.num_layers={self.num_layers}; use -2 for the penultimate"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A Llama-shaped language model with SAISA's per-layer projectors."""
+
+    architecture: Literal["saisa"] = "saisa"
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_query_groups: int = Field(gt=0, description="key/value heads")
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    projector: Literal["mlp", "linear"] = Field(default="mlp", description="table 7 of the paper compares the two")
+    vision: VisionConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_attention_heads % self.num_query_groups:
+            divisors = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            raise ValueError(
+                f"model.num_query_groups={self.num_query_groups} must divide "
+                f"model.num_attention_heads={self.num_attention_heads}; use one of {divisors}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of features")
+        return self
+
+
+def model_config_from_hf(config: Any) -> ModelConfig:
+    """Returns the `ModelConfig` that a Hugging Face `SaisaConfig` describes."""
+    vision = config.vision_config
+    vision = vision if isinstance(vision, dict) else vision.to_dict()
+    return ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        qkv_bias=config.attention_bias,
+        tie_embeddings=config.tie_word_embeddings,
+        projector=config.projector_type,
+        vision=VisionConfig(
+            type="siglip" if "siglip" in vision["model_type"] else "clip",
+            hidden_size=vision["hidden_size"],
+            num_layers=vision["num_hidden_layers"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            select_layer=config.vision_select_layer,
+        ),
+    )
+
+
+def differences(stated: ModelConfig, found: ModelConfig) -> list[str]:
+    """Returns one line for each setting in which the run's model and a folder's model differ."""
+    pairs = [("model", stated, found), ("model.vision", stated.vision, found.vision)]
+    return [
+        f"{path}.{name}={getattr(ours, name)!r} but the folder has {getattr(theirs, name)!r}"
+        for path, ours, theirs in pairs
+        for name in type(ours).model_fields
+        if name != "vision" and getattr(ours, name) != getattr(theirs, name)
+    ]

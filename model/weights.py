@@ -1,0 +1,178 @@
+"""Weight names: one table, both directions.
+
+    ours                                        Hugging Face (Llama's names, and those of the authors' release)
+    embedding.weight                            model.embed_tokens.weight
+    layers.{i}.attention.linear_kv.weight       model.layers.{i}.self_attn.k_proj.weight, ...v_proj.weight
+    layers.{i}.mlp.linear_fc1.weight            model.layers.{i}.mlp.gate_proj.weight, ...up_proj.weight
+    layers.{i}.projector.mlp.linear_fc1.weight  model.layers.{i}.mm_projector.0.weight
+    ...
+
+A stage 1 model has one `shared_projector`; in Hugging Face terms that is the same projector in every layer.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.config import ModelConfig
+
+SHARED = "shared_projector."
+Named = tuple[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the Hugging Face tensors it is made of.
+
+    Several tensors stand together along dim 0, one slice of each in turn, `num_groups` times: once for a gated FFN
+    (all gates, then all ups), once per key/value head for keys and values.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    num_groups: int = 1
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Returns our parameter, made of their tensors."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.unflatten(0, (self.num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """Returns their tensors, cut from our parameter."""
+        if len(self.theirs) == 1:
+            return [joined]
+        chunks = joined.unflatten(0, (self.num_groups, -1)).chunk(len(self.theirs), dim=1)
+        return [chunk.flatten(0, 1) for chunk in chunks]
+
+
+def name_table(model: ModelConfig) -> list[Entry]:
+    """Returns an entry for every parameter of a model with one projector per layer."""
+    entries = [
+        Entry("embedding.weight", ("model.embed_tokens.weight",)),
+        Entry("final_norm.weight", ("model.norm.weight",)),
+    ]
+    if not model.tie_embeddings:
+        entries.append(Entry("output.weight", ("lm_head.weight",)))
+    kinds = ("weight", "bias") if model.qkv_bias else ("weight",)
+    for i in range(model.num_layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        entries += [
+            Entry(f"{ours}input_norm.weight", (f"{theirs}input_layernorm.weight",)),
+            Entry(f"{ours}post_attention_norm.weight", (f"{theirs}post_attention_layernorm.weight",)),
+            Entry(f"{ours}attention.linear_proj.weight", (f"{theirs}self_attn.o_proj.weight",)),
+            Entry(f"{ours}mlp.linear_fc1.weight", (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")),
+            Entry(f"{ours}mlp.linear_fc2.weight", (f"{theirs}mlp.down_proj.weight",)),
+        ]
+        for kind in kinds:
+            keys_values = (f"{theirs}self_attn.k_proj.{kind}", f"{theirs}self_attn.v_proj.{kind}")
+            entries += [
+                Entry(f"{ours}attention.linear_q.{kind}", (f"{theirs}self_attn.q_proj.{kind}",)),
+                Entry(f"{ours}attention.linear_kv.{kind}", keys_values, model.num_query_groups),
+            ]
+        entries += projector_entries(model, f"{ours}projector.", f"{theirs}mm_projector.")
+    return entries
+
+
+def projector_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
+    """Returns the entries of one projector under the given name prefixes."""
+    names = {"mlp": [("mlp.linear_fc1.", "0."), ("mlp.linear_fc2.", "2.")], "linear": [("linear.", "")]}[
+        model.projector
+    ]
+    return [Entry(f"{ours}{a}{kind}", (f"{theirs}{b}{kind}",)) for a, b in names for kind in ("weight", "bias")]
+
+
+def spread_shared_projector(state: dict[str, Tensor], num_layers: int) -> Iterator[Named]:
+    """Yields our projector parameters for every layer from stage 1's shared one: stage 2 starts from n copies."""
+    for name, tensor in state.items():
+        if name.startswith(SHARED):
+            for i in range(num_layers):
+                yield f"layers.{i}.projector.{name.removeprefix(SHARED)}", tensor
+
+
+def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Named]:
+    """Yields the parameters of one new projector, the same on every machine and at any parallelism.
+
+    Source: `torch.nn.Linear`'s own initialisation, uniform within 1 / sqrt(input features), as LLaVA leaves it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width, hidden = model.vision.hidden_size, model.hidden_size
+    layers = {"mlp": [("mlp.linear_fc1.", width), ("mlp.linear_fc2.", hidden)], "linear": [("linear.", width)]}
+    for name, fan_in in layers[model.projector]:
+        bound = 1 / math.sqrt(fan_in)
+        yield f"{prefix}{name}weight", torch.empty(hidden, fan_in).uniform_(-bound, bound, generator=generator)
+        yield f"{prefix}{name}bias", torch.empty(hidden).uniform_(-bound, bound, generator=generator)
+
+
+def from_hf(tensors: Iterable[Named], table: list[Entry]) -> Iterator[Named]:
+    """Yields our parameters as soon as the tensors each is made of have come by; others are passed over."""
+    owner = {name: entry for entry in table for name in entry.theirs}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        if entry := owner.get(name):
+            parts = waiting.setdefault(entry.ours, {})
+            parts[name] = tensor
+            if len(parts) == len(entry.theirs):
+                yield entry.ours, entry.join([waiting[entry.ours][part] for part in entry.theirs])
+                del waiting[entry.ours]
+
+
+def to_hf(tensors: Iterable[Named], table: list[Entry]) -> Iterator[Named]:
+    """Yields the Hugging Face tensors of our parameters.
+
+    Raises:
+        KeyError: a parameter is not in the table.
+    """
+    entries = {entry.ours: entry for entry in table}
+    for name, tensor in tensors:
+        entry = entries[name]
+        yield from zip(entry.theirs, entry.split(tensor), strict=True)
+
+
+def read_safetensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Named]:
+    """Yields the wanted tensors of a Hugging Face folder, one at a time.
+
+    Raises:
+        ValueError: there are no safetensors in the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: no such weight file; make a base folder with `make import-hf`")
+        with safe_open(folder / file, framework="pt") as tensors:
+            for name in filter(wanted, tensors.keys()):
+                yield name, tensors.get_tensor(name)
+
+
+def load_parameters(model: torch.nn.Module, tensors: Iterable[Named]) -> None:
+    """Copies named tensors into the model's parameters; every parameter must come, each with its own shape.
+
+    Raises:
+        ValueError: a shape differs, or parameters are left without a value.
+    """
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters:
+                continue
+            if parameters[name].shape != tensor.shape:
+                raise ValueError(
+                    f"weight {name}: the model has shape {list(parameters[name].shape)}, the file {list(tensor.shape)}"
+                )
+            parameters[name].copy_(tensor)
+            missing.discard(name)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights are in no file, such as {sorted(missing)[0]}; is the base folder complete?"
+        )

@@ -1,0 +1,43 @@
+"""The weight-name table: both directions, and refusals."""
+
+import pytest
+import torch
+
+from model.weights import Entry, from_hf, load_parameters, name_table, random_projector, spread_shared_projector, to_hf
+from tests.model.test_saisa import random_weights, tiny
+
+
+def test_keys_and_values_interleave_by_group_and_come_back():
+    entry = Entry("kv", ("k", "v"), num_groups=2)
+    keys, values = torch.tensor([[1], [2], [3], [4]]), torch.tensor([[5], [6], [7], [8]])
+    joined = entry.join([keys, values])
+    assert joined.flatten().tolist() == [1, 2, 5, 6, 3, 4, 7, 8]
+    assert [part.flatten().tolist() for part in entry.split(joined)] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_embeddings": True}, {"projector": "linear"}], ids=str)
+def test_every_weight_survives_the_round_trip(changes):
+    model = tiny(**changes)
+    weights = random_weights(model)
+    back = dict(to_hf(from_hf(weights.items(), name_table(model)), name_table(model)))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_stage_2_starts_from_n_copies_of_the_shared_projector():
+    model = tiny()
+    shared = dict(random_projector(model, "shared_projector.", seed=3))
+    spread = dict(spread_shared_projector(shared, model.num_layers))
+    assert len(spread) == model.num_layers * len(shared)
+    assert all(
+        torch.equal(spread[f"layers.{i}.projector.mlp.linear_fc1.bias"], shared["shared_projector.mlp.linear_fc1.bias"])
+        for i in range(3)
+    )
+
+
+def test_load_parameters_refuses_other_shapes_and_gaps():
+    layer = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"weight weight: the model has shape \[3, 2\], the file \[2, 3\]"):
+        load_parameters(layer, [("weight", torch.zeros(2, 3))])
+    with pytest.raises(ValueError, match="1 weights are in no file, such as bias"):
+        load_parameters(layer, [("weight", torch.zeros(3, 2))])
