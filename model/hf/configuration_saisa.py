@@ -1,0 +1,112 @@
+"""The configuration of a SAISA checkpoint in Hugging Face format.
+
+The language model's fields are flat and carry Llama's names. The vision encoder's own configuration is nested:
+
+    {"model_type": "saisa", "hidden_size": 4096, ..., "vision_select_layer": -2, "projector_type": "mlp",
+     "image_token_id": 32000, "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, ...}}
+"""
+
+from typing import Any
+
+from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+
+VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+PROJECTOR_TYPES = ("mlp", "linear")
+
+
+class SaisaConfig(PretrainedConfig):
+    """A Llama-shaped language model, a frozen CLIP or SigLIP encoder, and a projector in every layer.
+
+    Args:
+        rope_theta: base of the rotary frequencies; there is no rope scaling.
+        attention_bias: the query, key and value projections have a bias (Qwen2).
+        vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
+        vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
+        projector_type: "mlp" (Linear, GELU, Linear) or "linear" (table 7 of the paper).
+        image_token_id: the id that stands for one visual token in `input_ids`. It is never embedded.
+        eos_token_id: an id or a list of ids.
+
+    Raises:
+        ValueError: the encoder or projector type is unknown, or the selected layer does not exist.
+    """
+
+    model_type = "saisa"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 4096,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        attention_bias: bool = False,
+        tie_word_embeddings: bool = False,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        vision_select_layer: int = -2,
+        projector_type: str = "mlp",
+        image_token_id: int = 32000,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        bos_token_id: int | None = 1,
+        eos_token_id: Any = 2,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.attention_bias = attention_bias
+        self.vision_config = _vision_config(vision_config)
+        self.vision_select_layer = vision_select_layer
+        self.projector_type = projector_type
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        if projector_type not in PROJECTOR_TYPES:
+            raise ValueError(f"projector_type={projector_type!r} must be one of {', '.join(PROJECTOR_TYPES)}")
+        num_layers = self.vision_config.num_hidden_layers
+        if not -num_layers - 1 <= vision_select_layer <= num_layers:
+            raise ValueError(
+                f"vision_select_layer={vision_select_layer} must be one of the {num_layers + 1} hidden states of the "
+                "vision encoder; use -2 for the penultimate"
+            )
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+        # Set last: transformers 5 checks ids as a configuration is made, and warns of one outside the vocabulary.
+        self.image_token_id = image_token_id
+
+    def validate(self) -> None:
+        """Passes: transformers 5 checks again on saving, and `image_token_id` is outside the vocabulary on purpose."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens of one image: the patches of the encoder's grid (a class token is not one of them)."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
+def _vision_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
+    if given is None:
+        return CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                                image_size=336, patch_size=14)  # fmt: skip
+    if isinstance(given, PretrainedConfig):
+        return given
+    kind = given.get("model_type")
+    if kind not in VISION_CONFIGS:
+        raise ValueError(f"vision_config.model_type={kind!r} must be one of {', '.join(VISION_CONFIGS)}")
+    return VISION_CONFIGS[kind].from_dict(given)

@@ -1,0 +1,208 @@
+"""Writes a Hugging Face folder: what `make import-hf` and `make export` leave behind.
+
+    config.json, generation_config.json, chat_template.jinja      what the model is and how to ask it
+    model-0000x-of-0000n.safetensors, model.safetensors.index.json
+    tokenizer and processor files
+    configuration_saisa.py, modeling_saisa.py, ...                the code: the folder needs no repository beside it
+
+A *base* lacks the projectors (training starts from it), an *export* has one for every layer. Everything is written to
+`<folder>.part` and takes its name at the end, so a folder that exists is complete. Tensors come as an iterator and
+leave in shards, so that no model is ever whole in memory.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from model.hf.configuration_saisa import SaisaConfig
+from model.hf.modeling_saisa import SaisaForConditionalGeneration
+from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
+
+CODE = Path(__file__).parent / "hf"
+AUTO_MAP = {
+    "AutoConfig": "configuration_saisa.SaisaConfig",
+    "AutoModelForCausalLM": "modeling_saisa.SaisaForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
+    "AutoProcessor": "processing_saisa.SaisaProcessor",
+    "AutoImageProcessor": "image_processing_saisa.SaisaImageProcessor",
+}
+PROJECTOR = ".mm_projector."
+
+
+def write_hf_folder(
+    folder: Path,
+    config: SaisaConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Any,
+    image_processor: Any,
+    chat_template: str | None = None,
+    *,
+    is_base: bool = False,
+    stop_token: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 2_000_000_000,
+) -> None:
+    """Writes a complete folder, or none.
+
+    Args:
+        folder: must not exist, or be empty.
+        tensors: every weight by its Hugging Face name, in any order; taken one at a time.
+        tokenizer: with `<image>` added (`add_image_token`).
+        image_processor: a `SaisaImageProcessor`.
+        chat_template: Jinja template that writes prompts as training does.
+        is_base: without projectors.
+        stop_token: token that ends an answer besides the tokenizer's EOS, such as `<|eot_id|>`.
+        dtype: to store weights in; None keeps each tensor's own.
+        max_shard_bytes: bytes held in memory before a file is written.
+
+    Raises:
+        ValueError: the folder is not empty; weights are missing, unknown, twice there, or of another shape.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        stored_dtype = _write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
+        _write_config(part, config, tokenizer, stop_token, stored_dtype)
+        _write_processor(part, SaisaProcessor(image_processor, tokenizer, config.num_image_tokens, chat_template))
+        for file in sorted(CODE.glob("*_saisa.py")):
+            shutil.copyfile(file, part / file.name)
+        part.replace(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def weight_shapes(config: SaisaConfig, is_base: bool) -> dict[str, torch.Size]:
+    """Returns the shape of every weight of a folder, by name."""
+    with torch.device("meta"):
+        state = SaisaForConditionalGeneration(copy.deepcopy(config)).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {name: tensor.shape for name, tensor in state.items() if not (is_base and PROJECTOR in name)}
+
+
+def add_image_token(tokenizer: Any, vocab_size: int) -> int:
+    """Returns the id of `<image>`, added to the tokenizer if need be. It has no row in the embedding, or an unused one.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the model cannot embed.
+    """
+    known = len(tokenizer) - int(IMAGE_TOKEN in tokenizer.get_vocab())
+    if known > vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {known} tokens but the language model embeds only {vocab_size}; use the tokenizer "
+            "that the language model was trained with"
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_additional_special_tokens=False)
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def _write_weights(
+    part: Path,
+    shapes: dict[str, torch.Size],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> torch.dtype:
+    """Writes shards and their index; returns the dtype of the embedding, which stands for the model's."""
+    shard: dict[str, Tensor] = {}
+    names_of_shards: list[list[str]] = []
+    shard_bytes = total_bytes = 0
+    stored_dtype = dtype or torch.float32
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        save_file(shard, part / f"shard-{len(names_of_shards)}.safetensors", metadata={"format": "pt"})
+        names_of_shards.append(list(shard))
+        shard, shard_bytes = {}, 0
+
+    missing = dict(shapes)
+    for name, tensor in tensors:
+        if name not in missing:
+            problem = "comes twice" if name in shapes else "is not a weight of this model"
+            raise ValueError(f"{name} {problem}; is the checkpoint of another kind?")
+        if tensor.shape != missing.pop(name):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; the configuration says {list(shapes[name])}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is stored as {tensor.dtype}; quantised checkpoints are not supported")
+        # A copy, because safetensors refuses tensors that share memory (one projector copied to every layer).
+        shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        stored_dtype = shard[name].dtype if name == "model.embed_tokens.weight" else stored_dtype
+        shard_bytes += shard[name].nbytes
+        total_bytes += shard[name].nbytes
+        if shard_bytes >= max_shard_bytes:
+            flush()
+    if missing:
+        shown = ", ".join(list(missing)[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ValueError(f"{len(missing)} of {len(shapes)} weights are missing: {shown}")
+    if shard:
+        flush()
+
+    weight_map = {}
+    for number, names in enumerate(names_of_shards):
+        file = f"model-{number + 1:05d}-of-{len(names_of_shards):05d}.safetensors"
+        (part / f"shard-{number}.safetensors").rename(part / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = part / "model.safetensors.index.json"
+    _write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    for file in part.glob("*.safetensors"):
+        shutil.copymode(index, file)  # safetensors lets only the owner read
+    return stored_dtype
+
+
+def _write_config(part: Path, config: SaisaConfig, tokenizer: Any, stop_token: str | None, dtype: torch.dtype) -> None:
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [tokenizer.eos_token_id, *ends]
+    if stop_token is not None:
+        ends.append(tokenizer.convert_tokens_to_ids(stop_token))
+    ends = sorted({end for end in ends if end is not None})
+    config = copy.deepcopy(config)
+    config.architectures = ["SaisaForConditionalGeneration"]
+    config.auto_map = {name: AUTO_MAP[name] for name in AUTO_MAP if name != "AutoImageProcessor"}
+    config.dtype = dtype
+    config.save_pretrained(part)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=config.pad_token_id,
+        # Where the embedding has spare rows, `<image>` has a logit, which no training ever touched.
+        suppress_tokens=[config.image_token_id] if config.image_token_id < config.vocab_size else None,
+    ).save_pretrained(part)
+
+
+def _write_processor(part: Path, processor: SaisaProcessor) -> None:
+    processor.save_pretrained(part)
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        stored = json.loads((part / file).read_text())
+        stored["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
+        _write_json(part / file, stored)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def check_export(folder: Path) -> None:
+    """Makes sure that a folder is an export, before anything large is loaded.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder}: no config.json; --model takes a folder made by `make export`")
+    if (kind := json.loads(config.read_text()).get("model_type")) != "saisa":
+        raise ValueError(f"{config}: model_type={kind!r} is not 'saisa'; --model takes a folder made by `make export`")
+    if ".mm_projector." not in (folder / "model.safetensors.index.json").read_text():
+        raise ValueError(f"{folder} is a base without projectors; train it, then talk to what `make export` makes")

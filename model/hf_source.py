@@ -1,0 +1,207 @@
+"""What a downloaded checkpoint says about itself, and its tensors.
+
+Language models of the Llama family (Llama, Vicuna, Llama-3, Mistral, Qwen2) and CLIP or SigLIP encoders, as safetensors
+or as older `pytorch_model*.bin`. What a SAISA model could not represent exactly is refused: rope scaling, a sliding
+window that matters, quantised weights.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from model.hf.image_processing_saisa import SaisaImageProcessor
+
+LLMS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+VISIONS = {
+    "clip": CLIPVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+    "siglip": SiglipVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+}
+VISION_FIELDS = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "vision_use_head",
+]
+Named = tuple[str, Tensor]
+
+
+def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> dict[str, Any]:
+    """Returns the language model's part of a `SaisaConfig`, from its `config.json`.
+
+    Raises:
+        ValueError: it has something that a SAISA model cannot represent.
+    """
+    if raw.get("model_type") not in LLMS:
+        raise ValueError(
+            f"{folder}: model_type={raw.get('model_type')!r} is not supported; use one of {', '.join(LLMS)}"
+        )
+    if raw.get("quantization_config"):
+        raise ValueError(f"{folder}: the checkpoint is quantised; use the original weights")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 or 4
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"{folder}: rope scaling {kind!r} is not supported; use a model without it")
+    llm = LLMS[raw["model_type"]].from_dict(raw)
+    for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if getattr(llm, name, only) != only:
+            raise ValueError(f"{folder}: {name}={getattr(llm, name)!r} is not supported, only {only!r}")
+    positions = max_positions or llm.max_position_embeddings
+    if positions > llm.max_position_embeddings:
+        raise ValueError(f"{folder}: max_positions={positions} is beyond the model's {llm.max_position_embeddings}")
+    window = llm.sliding_window if getattr(llm, "use_sliding_window", True) and hasattr(llm, "sliding_window") else None
+    if window is not None and window < positions:
+        raise ValueError(
+            f"{folder}: sliding_window={window} is shorter than max_position_embeddings={positions}, and SAISA attends "
+            f"to everything; pass --max-positions {window} (or less), where both are the same"
+        )
+    return {
+        "vocab_size": llm.vocab_size,
+        "hidden_size": llm.hidden_size,
+        "intermediate_size": llm.intermediate_size,
+        "num_hidden_layers": llm.num_hidden_layers,
+        "num_attention_heads": llm.num_attention_heads,
+        "num_key_value_heads": llm.num_key_value_heads,
+        "head_dim": getattr(llm, "head_dim", None),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": llm.rms_norm_eps,
+        "rope_theta": float(rope.get("rope_theta", llm.rope_theta)),
+        "attention_bias": raw["model_type"] == "qwen2",
+        "tie_word_embeddings": llm.tie_word_embeddings,
+        "bos_token_id": llm.bos_token_id,
+        "eos_token_id": _end_ids(folder, llm.eos_token_id),
+    }
+
+
+def vision_fields(folder: Path) -> dict[str, Any]:
+    """Returns the `vision_config` of an encoder folder, of the encoder alone or with its text tower.
+
+    Raises:
+        ValueError: it is neither CLIP nor SigLIP.
+    """
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in VISIONS:
+        raise ValueError(
+            f"{folder}: model_type={raw.get('model_type')!r} is not supported; use a CLIP or SigLIP encoder"
+        )
+    if raw.get("quantization_config"):
+        raise ValueError(f"{folder}: the checkpoint is quantised; use the original weights")
+    config = VISIONS[raw["model_type"]].from_dict(raw.get("vision_config", raw))
+    fields = {name: getattr(config, name) for name in VISION_FIELDS if hasattr(config, name)}
+    return {"model_type": config.model_type} | fields
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Returns a folder's tokenizer, with a padding token, such that every version of transformers gives the same ids.
+
+    transformers 5 builds the tokenizer of a `LlamaTokenizer` folder anew from its vocabulary and settings, 4.57 takes
+    `tokenizer.json` as it stands, and they differ in where a text gets a space in front (with `legacy=True` or
+    `add_prefix_space=None`). The plain class reads `tokenizer.json` in both.
+
+    Raises:
+        ValueError: there is none, or it has neither a padding token nor EOS to pad with.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise ValueError(f"{folder}: no tokenizer files; download the whole repository of the language model")
+    found = AutoTokenizer.from_pretrained(folder)
+    if not found.is_fast:
+        raise ValueError(f"{folder}: {type(found).__name__} has no fast form, which the exported folder needs")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=found.backend_tokenizer,
+        model_max_length=found.model_max_length,
+        clean_up_tokenization_spaces=found.clean_up_tokenization_spaces,
+        model_input_names=["input_ids", "attention_mask"],
+        **found.special_tokens_map,
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{folder}: the tokenizer has no padding token and no EOS; set its eos_token")
+    return tokenizer
+
+
+def load_image_processor(folder: Path, image_aspect_ratio: str, image_size: int) -> SaisaImageProcessor:
+    """Returns the encoder's image processing, resizing to a square straight away or padding to one first (`pad`).
+
+    Raises:
+        ValueError: the folder does not say how, or makes images of another size than the encoder takes.
+    """
+    settings = read_json(folder / "preprocessor_config.json")
+    processor = SaisaImageProcessor.from_encoder(settings, image_aspect_ratio)
+    if processor.output_size != (image_size, image_size):
+        raise ValueError(
+            f"{folder}: preprocessor_config.json makes images of {' x '.join(map(str, processor.output_size))} pixels, "
+            f"config.json says image_size={image_size}; they must agree"
+        )
+    return processor
+
+
+def read_checkpoint(folder: Path) -> Iterator[Named]:
+    """Yields the tensors of a Hugging Face checkpoint, file by file; safetensors where there are both kinds.
+
+    Raises:
+        ValueError: there are no weights, or files that the index names are missing.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if not index.is_file() and not single.is_file():
+            continue
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [single.name]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"{folder}: the index names files that are not there: {', '.join(missing)}")
+        for name in names:
+            yield from _read_safetensors(folder / name) if suffix == "safetensors" else _read_bin(folder / name)
+        return
+    raise ValueError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards")
+
+
+def _read_safetensors(file: Path) -> Iterator[Named]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+            yield name, tensors.get_tensor(name)
+
+
+def _read_bin(file: Path) -> Iterable[Named]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+    except RuntimeError:  # written before torch 1.6, which cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True).items()
+
+
+def _end_ids(folder: Path, configured: int | list[int] | None) -> int | list[int] | None:
+    """Returns the ids at which the language model stops: its generation configuration knows more than its own."""
+    if not (folder / "generation_config.json").is_file():
+        return configured
+    return GenerationConfig.from_pretrained(folder).eos_token_id or configured
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the content of one of a checkpoint's JSON files.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; {file.parent} must be a checkpoint folder in Hugging Face format")
+    return json.loads(file.read_text())

@@ -1,0 +1,71 @@
+"""Makes a base folder from a language model and a vision encoder, or an export from the authors' release.
+
+python -m pipeline.import_hf --llm vicuna-7b-v1.5 --vision clip-vit-large-patch14-336 --out bases/vicuna-7b
+python -m pipeline.import_hf --release saisa-vicuna-7b --vision clip-vit-large-patch14-336 --out exports/saisa-7b
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from typer import Option
+
+from data_prep.console import UsageError, run
+from model.hf.configuration_saisa import PROJECTOR_TYPES
+from model.hf_source import load_tokenizer
+from model.import_hf import compose_base, convert_release
+from pipeline.templates import TEMPLATES, chat_template, end_of_answer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(
+    vision: Annotated[Path, Option(help="folder of a CLIP or SigLIP encoder")],
+    out: Annotated[Path, Option(help="folder to write; must not exist or be empty")],
+    llm: Annotated[Path | None, Option(help="folder of a Llama, Vicuna, Llama-3, Mistral or Qwen2 model")] = None,
+    release: Annotated[Path | None, Option(help="folder of a checkpoint in the layout of the authors' release")] = None,
+    template: Annotated[str, Option(help=f"conversation template: {', '.join(TEMPLATES)}")] = "v1",
+    projector: Annotated[str, Option(help="mlp or linear (--llm)")] = "mlp",
+    select_layer: Annotated[int, Option(help="hidden state of the encoder that the projectors read (--llm)")] = -2,
+    image_aspect_ratio: Annotated[str, Option(help="pad or square (--llm)")] = "pad",
+    max_positions: Annotated[int | None, Option(help="use the language model up to so many positions only")] = None,
+    dtype: Annotated[
+        str | None, Option(help="store weights as float32, float16 or bfloat16; default: as they are")
+    ] = None,
+) -> None:
+    """Writes a folder that `make train` can start from (--llm) or `make chat` can talk to (--release)."""
+    if (llm is None) == (release is None):
+        raise UsageError("give either --llm (a language model to start from) or --release (a checkpoint to convert)")
+    if release is not None and (projector, select_layer, image_aspect_ratio) != ("mlp", -2, "pad"):
+        raise UsageError("--projector, --select-layer and --image-aspect-ratio go with --llm; a release has its own")
+    for name, value, allowed in (
+        ("--projector", projector, PROJECTOR_TYPES),
+        ("--image-aspect-ratio", image_aspect_ratio, ("pad", "square")),
+        ("--dtype", dtype or "float32", DTYPES),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{name} {value!r} must be one of {', '.join(allowed)}")
+    words = chat_template(template)
+    source = llm or release
+    assert source is not None
+    stop = None if template == "plain" else end_of_answer(template, load_tokenizer(source))
+    stored = DTYPES[dtype] if dtype else None
+    if llm is not None:
+        config = compose_base(
+            llm, vision, out,
+            chat_template=words, stop_token=stop, projector_type=projector, vision_select_layer=select_layer,
+            image_aspect_ratio=image_aspect_ratio, max_positions=max_positions, dtype=stored,
+        )  # fmt: skip
+    else:
+        config = convert_release(
+            source, vision, out, chat_template=words, stop_token=stop, max_positions=max_positions, dtype=stored
+        )
+    print(
+        f"{out}: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_image_tokens} visual "
+        f"tokens an image ({config.vision_config.model_type}), template {template}, "
+        f"at most {config.max_position_embeddings} positions"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

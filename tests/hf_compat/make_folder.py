@@ -1,0 +1,90 @@
+"""Makes tiny random exports, with the answers they must give: `python -m tests.hf_compat.make_folder OUT`.
+
+`check_folder.py`, which comes along, then runs in other environments, where nothing of this repository is on the path.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.hf.configuration_saisa import SaisaConfig
+from model.hf.modeling_saisa import SaisaForConditionalGeneration
+from model.hf.processing_saisa import SaisaProcessor
+from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
+from model.hf_source import read_checkpoint
+from model.import_hf import compose_base
+from pipeline.templates import chat_template
+from tests.hf_compat.tiny import save_llm, save_vision
+
+KINDS = {"llama-clip": ("llama", "clip", "mlp"), "qwen2-siglip": ("qwen2", "siglip", "linear")}
+TEXTS = [
+    "<image>\nWhat is the colour of the square?",
+    "How many shapes are there?",
+    "USER: One <image> and  two <image>, three<image> on the left? ASSISTANT: The",
+    "<image><image>\nThere are",
+]
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type": "text", "text": "What is on the left?"}]},
+    {"role": "assistant", "content": "The square."},
+    {"role": "user", "content": [{"type": "text", "text": "And the colour?"}]},
+]
+GENERATE = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+def random_projectors(config: SaisaConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yields random projector weights for every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in weight_shapes(config, is_base=False).items():
+        if PROJECTOR in name:
+            yield name, torch.randn(shape, generator=generator) * 0.3
+
+
+def make_export(work: Path, out: Path, llm: str, vision: str, projector: str) -> SaisaConfig:
+    """Returns the configuration of an export, made of a base as training would make it, but with random projectors."""
+    save_llm(work / "llm", llm)
+    save_vision(work / "vision", vision)
+    words = chat_template("v1")
+    config = compose_base(work / "llm", work / "vision", work / "base", chat_template=words, projector_type=projector)
+    processor = SaisaProcessor.from_pretrained(work / "base")
+    tensors = [*read_checkpoint(work / "base"), *random_projectors(config)]
+    write_hf_folder(out, config, tensors, processor.tokenizer, processor.image_processor, words, max_shard_bytes=60_000)
+    return config
+
+
+def main(out: Path) -> None:
+    """Writes exports, images, and `expected.pt`."""
+    out.mkdir(parents=True)
+    for number in range(6):
+        noise = torch.randint(0, 256, (20 + 7 * number, 40, 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.to(torch.uint8).numpy()).save(out / f"{number}.png")
+    images = [str(out / f"{number}.png") for number in range(6)]
+    expected: dict[str, Any] = {"texts": TEXTS, "messages": MESSAGES, "generate": GENERATE, "folders": {}}
+    for name, kinds in KINDS.items():
+        make_export(out / "work" / name, out / name, *kinds)
+        model = SaisaForConditionalGeneration.from_pretrained(out / name).eval()
+        processor = SaisaProcessor.from_pretrained(out / name)
+        inputs = processor(text=TEXTS, images=images, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+        expected["folders"][name] = {
+            "inputs": dict(inputs),
+            "logits": logits,
+            "generated": model.generate(**inputs, **GENERATE),
+            "prompt": prompt,
+            "prompt_ids": processor.tokenize(prompt),
+            "names": sorted(weight_shapes(model.config, is_base=False)),
+        }
+    shutil.rmtree(out / "work")
+    torch.save(expected, out / "expected.pt")
+    shutil.copyfile(Path(__file__).with_name("check_folder.py"), out / "check_folder.py")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
