@@ -1,0 +1,220 @@
+"""One YAML file is one run. Defaults < YAML < `section.key=value` on the command line.
+
+    stage: pretrain
+    model: models/saisa-vicuna-7b.yaml     # a section may be the path of a file, relative to this one
+    init: {base: bases/vicuna-7b}
+    data: {shards: data/llava-558k, template: plain, ...}
+
+Every section is a frozen model that forbids unknown keys. `load_config` raises `UsageError` with one line that names
+the setting, its value, the rule and the way out.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from data_prep.console import UsageError
+from model.config import ModelConfig, Section
+from pipeline.templates import TEMPLATES
+
+PROJECTOR_WORDS = ("random", "base")
+
+
+class InitConfig(Section):
+    """Where the weights come from."""
+
+    base: Path = Field(description="folder written by `make import-hf`, or an exported checkpoint")
+    projector: str = Field(
+        default="random",
+        description="`random`, `base` (an export has projectors) or a run folder of stage 1",
+    )
+
+
+class DataConfig(Section):
+    """Which samples, and how they become packs."""
+
+    shards: Path = Field(description="folder written by `make shards`")
+    template: str = Field(description=f"one of {', '.join(TEMPLATES)}")
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    max_positions: int = Field(
+        default=2048, gt=0, description="positions of a sample, visual and text; the rest is cut"
+    )
+    max_text_tokens_per_pack: int = Field(default=2048, gt=0)
+    max_images_per_pack: int = Field(default=8, gt=0)
+    prefetch_steps: int = Field(default=2, ge=0, description="global batches prepared ahead; 0: in the loop")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. Source: SAISA table 8; betas, epsilon and clipping as LLaVA-1.5's scripts leave them."""
+
+    learning_rate: float = Field(gt=0)
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and how precisely."""
+
+    global_batch_size: int = Field(gt=0, description="samples per optimizer step, whatever the number of machines")
+    num_epochs: int = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="stop (and end the schedule) here, if sooner")
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    image_batch_size: int = Field(default=64, gt=0, description="images the frozen encoder takes at once")
+
+
+class CheckpointConfig(Section):
+    """When training state is saved."""
+
+    save_every_steps: int = Field(default=500, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+
+
+class LogConfig(Section):
+    """What a run reports. `metrics.jsonl` always has every step."""
+
+    every_steps: int = Field(default=10, gt=0, description="steps between lines where the output is not a terminal")
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    stage: Literal["pretrain", "finetune"]
+    run_dir: Path
+    model: ModelConfig
+    init: InitConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        data, model = self.data, self.model
+        if data.template not in TEMPLATES:
+            raise ValueError(
+                f"data.template={data.template!r} is unknown{nearest(data.template, TEMPLATES)}; "
+                f"use one of {', '.join(TEMPLATES)}"
+            )
+        if data.max_positions > model.max_positions:
+            raise ValueError(
+                f"data.max_positions={data.max_positions} must be at most model.max_positions={model.max_positions}: "
+                f"the language model knows no position beyond; use data.max_positions={model.max_positions}"
+            )
+        if data.max_text_tokens_per_pack < data.max_positions:
+            raise ValueError(
+                f"data.max_text_tokens_per_pack={data.max_text_tokens_per_pack} must be at least "
+                f"data.max_positions={data.max_positions}: one sample may have that many text tokens"
+            )
+        if self.stage == "pretrain" and self.init.projector != "random":
+            raise ValueError(
+                f"init.projector={self.init.projector!r} is for stage: finetune; a pretrain starts a new one: "
+                "use init.projector=random"
+            )
+        if self.stage == "finetune" and self.init.projector == "random":
+            raise ValueError(
+                "init.projector='random' is for stage: pretrain; a finetune starts from projectors: set init.projector "
+                "to the run folder of stage 1, or to 'base' if init.base is an exported checkpoint"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Returns the validated run that `path` and the `a.b=c` overrides describe.
+
+    Raises:
+        UsageError: one line that names the file or setting, its value, the rule and the way out.
+    """
+    values = _read_yaml(path)
+    for key, value in list(values.items()):
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            values[key] = _read_yaml(path.parent / value)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {'; '.join(_explain(item) for item in error.errors())}") from None
+
+
+def resolve_paths(config: RunConfig, root: Path) -> RunConfig:
+    """Returns the run with its relative paths taken from `root`, for processes that start somewhere else."""
+    values = config.model_dump()
+    for section, key in (("init", "base"), ("data", "shards")):
+        values[section][key] = root / values[section][key]
+    if values["init"]["projector"] not in PROJECTOR_WORDS:
+        values["init"]["projector"] = str(root / values["init"]["projector"])
+    values["run_dir"] = root / values["run_dir"]
+    return RunConfig.model_validate(values)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def nearest(name: str, known: Any) -> str:
+    """Returns " (did you mean 'x'?)" for the known name closest to `name`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name an existing YAML file, such as one of configs/") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: must hold `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UsageError(
+            f"override {override!r} must look like section.key=value, for example optim.learning_rate=2e-5"
+        )
+    *sections, key = path.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UsageError(f"override {override!r}: {section!r} is a single value, it has no {key!r} inside")
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        target[key] = text
+
+
+def _explain(item: Any) -> str:
+    """Returns one pydantic error in the house style."""
+    location, kind = item["loc"], item["type"]
+    path = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        fields = _fields_at(location[:-1])
+        return f"unknown setting {path}{nearest(str(location[-1]), fields)}; known here: {', '.join(fields)}"
+    if kind == "missing":
+        return f"{path} is required and missing; set it in the file or as {path}=..."
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{path}={item['input']!r}: {item['msg'].lower()}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        model = model.model_fields[part].annotation
+    assert issubclass(model, BaseModel)
+    return list(model.model_fields)

@@ -1,0 +1,41 @@
+"""Starts this process's part of a run: process group, device, megatron-core's groups.
+
+Under torchrun (or Ray) the environment says who this process is; without it, the process is a run of one.
+"""
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+
+from model.cpu_backend import use_cpu_as_cuda
+
+TIMEOUT_MINUTES = 30  # loading a base folder or compiling kernels on one rank must not kill the others
+
+
+def initialize_distributed() -> torch.device:
+    """Joins the process group and returns this process's device. Uses NCCL on GPUs and gloo on CPUs."""
+    use_cpu_as_cuda()
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # it lists every bucket and configuration at INFO
+    on_gpu = torch.cuda.is_available()
+    # Ray has formed the group and chosen the device of each worker before it calls us; torchrun leaves both to us.
+    if not torch.distributed.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=TIMEOUT_MINUTES)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            torch.distributed.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def shutdown_distributed() -> None:
+    """Leaves the process group, so that the next run in this process starts afresh."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,72 @@
+"""A training checkpoint to a self-contained Hugging Face folder.
+
+    python -m pipeline.export --checkpoint runs/demo/stage2 --out exports/demo
+
+What the stage trained comes from the checkpoint, everything else from the run's base folder. A stage 1 checkpoint is
+exported with its one projector in every layer, so that it can be tried before stage 2.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from data_prep.console import run
+from model.hf.configuration_saisa import SaisaConfig
+from model.hf_folder import write_hf_folder
+from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
+from pipeline.checkpoint import check_base, find_checkpoint, load_trained_parameters, read_info
+from pipeline.config import RunConfig
+from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.start import load_image_processor
+from pipeline.templates import chat_template, end_of_answer
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Writes the model of a checkpoint to `out`.
+
+    Raises:
+        ValueError: the checkpoint or its base is not there, or `out` holds something already.
+    """
+    info = read_info(checkpoint)
+    config = RunConfig.model_validate(info["config"])
+    base, template = config.init.base, config.data.template
+    check_base(checkpoint, info, base)
+    initialize_distributed()
+    trained = load_trained_parameters(checkpoint)
+    shutdown_distributed()
+    if config.stage == "pretrain":
+        trained = dict(spread_shared_projector(trained, config.model.num_layers))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    write_hf_folder(
+        out,
+        SaisaConfig.from_pretrained(base),
+        merged(base, dict(to_hf(trained.items(), name_table(config.model)))),
+        tokenizer,
+        load_image_processor(base, config.data.image_aspect_ratio),
+        chat_template(template),
+        stop_token=None if template == "plain" else end_of_answer(template, tokenizer),
+    )
+
+
+def merged(base: Path, trained: dict[str, Tensor]) -> Iterator[Named]:
+    """Yields the trained tensors, then those of the base that were not trained."""
+    yield from trained.items()
+    yield from read_safetensors(base, lambda name: name not in trained)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="a run folder (its last checkpoint) or a checkpoint folder")],
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+) -> None:
+    """Writes a training checkpoint as a self-contained Hugging Face folder."""
+    found = find_checkpoint(checkpoint)
+    export(found, out)
+    print(f"{found} -> {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Which parameters a stage trains, and how: one explicit place for both.
+
+| stage    | trained                                   | frozen                            |
+|----------|-------------------------------------------|-----------------------------------|
+| pretrain | the shared projector                      | the language model, the encoder   |
+| finetune | n projectors and the language model       | the encoder                       |
+"""
+
+import math
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.optim import Adam
+
+from model.saisa import SaisaModel
+from model.weights import SHARED
+from pipeline.config import OptimConfig, RunConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def freeze(model: SaisaModel, stage: str) -> list[str]:
+    """Freezes what `stage` does not train and returns the names of the parameters it does."""
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage == "finetune" or name.startswith(SHARED))
+        if parameter.requires_grad:
+            trained.append(name)
+    return trained
+
+
+def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """Returns the rate of optimizer step `step` (from 0): linear warm-up from 0, then half a cosine down to 0.
+
+    Source: SAISA table 8; warm-up steps are rounded up and the first step has rate 0, as in Hugging Face's scheduler.
+    """
+    num_warmup = math.ceil(num_steps * optim.warmup_fraction)
+    if step < num_warmup:
+        return optim.learning_rate * step / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wrap(model: SaisaModel, groups: ProcessGroupCollection) -> DistributedDataParallel:
+    """Returns the model with its trained parameters' gradients in buffers that the distributed optimizer shares out."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layout = DistributedOptimizer.compute_full_param_layout(trained, None, groups.dp_cp.size(), ddp_config)
+    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups, full_param_layout=layout)
+
+
+def build_optimizer(
+    wrapped: DistributedDataParallel, config: RunConfig, groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """Returns AdamW with its states divided over the data-parallel group; the rate is set every step."""
+    optim, bf16 = config.optim, config.train.precision == "bf16"
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_epsilon,
+        clip_grad=optim.clip_grad_norm,
+        bf16=bf16,
+        params_dtype=DTYPES[config.train.precision],
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, [wrapped], use_gloo_process_groups=False, pg_collection=groups)
+    for adam in _torch_adams(optimizer):
+        for parameter in chain.from_iterable(group["params"] for group in adam.param_groups):
+            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Loads a state that `MegatronOptimizer.sharded_state_dict` described.
+
+    Megatron-core 0.19 leaves the step count of a torch Adam in its parameter groups, where torch does not look.
+    """
+    with torch.no_grad():  # in fp32 the optimizer writes through views of the model's own parameters
+        optimizer.load_state_dict(state)
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            step = float(group.pop("step"))
+            for parameter in group["params"]:
+                adam.state[parameter]["step"] = torch.tensor(step)
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[Adam]:
+    """Returns the torch Adams inside; none where Transformer Engine's fused one is used.
+
+    Megatron-core 0.19 cannot describe the state of a torch Adam that has not stepped, so ours start with one.
+    """
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [adam for adam in inner if isinstance(adam, Adam)]

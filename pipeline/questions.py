@@ -1,0 +1,130 @@
+"""The questions in a LLaVA file, the answers a model gave, and how many are right.
+
+Each question of a row stands on its own, with the row's images: what was asked before would give answers away ("what
+color is the shape?", then "is there a red shape?"). An instruction that the first turn carries for the whole row, such
+as LLaVA's "Answer the question using a single word or phrase.", goes with each of its questions.
+
+An answer counts if it equals the expected one without regard to case and surrounding space.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from data_prep.json_rows import read_rows
+
+IMAGE_TOKEN = "<image>"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+"""Source: LLaVA-1.5, section 3.2."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about the images of a row; `text` has no `<image>` in it."""
+
+    row_id: str
+    family: str
+    images: tuple[str, ...]
+    text: str
+    expected: str
+
+    @property
+    def prompt(self) -> str:
+        """The user turn: the row's images, then the question."""
+        return f"{IMAGE_TOKEN * len(self.images)}\n{self.text}" if self.images else self.text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a question."""
+
+    question: Question
+    text: str
+
+    @property
+    def correct(self) -> bool:
+        """True if the answer is the expected one."""
+        return _same(self.text) == _same(self.question.expected)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The answers in the order of the data, and what fraction of them is right."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def num_questions(self) -> int:
+        """Questions asked."""
+        return len(self.answers)
+
+    @property
+    def accuracy(self) -> float:
+        """Right answers, 0..1."""
+        return sum(answer.correct for answer in self.answers) / len(self.answers)
+
+    @property
+    def per_family(self) -> dict[str, float]:
+        """The accuracy of each family of questions, by name; empty if the rows name none."""
+        marks: dict[str, list[bool]] = defaultdict(list)
+        for answer in self.answers:
+            if answer.question.family:
+                marks[answer.question.family].append(answer.correct)
+        return {family: sum(marks[family]) / len(marks[family]) for family in sorted(marks)}
+
+
+def read_questions(data: Path, rows: slice = slice(None)) -> list[Question]:
+    """Returns every question of the chosen rows (`a:b`, both counted from the front) of a LLaVA JSON or JSONL file.
+
+    Raises:
+        ValueError: the file cannot be read, a row is not a LLaVA row, or there is no question.
+    """
+    if not data.is_file():
+        raise ValueError(f"{data}: no such file; --data takes a LLaVA JSON or JSONL file")
+    questions: list[Question] = []
+    for row in islice(read_rows(data), rows.start, rows.stop):
+        try:
+            questions += _questions_of(row.value)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{data} index {row.index}: not a LLaVA row ({type(error).__name__}: {error})") from None
+    if not questions:
+        raise ValueError(f"{data}: no question in rows {rows.start or 0}:{rows.stop or ''}; choose other --rows")
+    return questions
+
+
+def _questions_of(row: dict[str, Any]) -> list[Question]:
+    named = row.get("image") or []
+    images = (named,) if isinstance(named, str) else tuple(named)
+    pairs = [
+        (question["value"], answer["value"])
+        for question, answer in pairwise(row["conversations"])
+        if (question["from"], answer["from"]) == ("human", "gpt")
+    ]
+    texts = [human.replace(IMAGE_TOKEN, "").strip() for human, _ in pairs]
+    if texts and texts[0].endswith(f"\n{SHORT_ANSWER}"):
+        texts = [text if text.endswith(SHORT_ANSWER) else f"{text}\n{SHORT_ANSWER}" for text in texts]
+    family = str(row.get("family", ""))
+    return [
+        Question(str(row.get("id", "")), family, images, text, answer.strip())
+        for text, (_, answer) in zip(texts, pairs, strict=True)
+    ]
+
+
+def question_only_accuracy(train: Iterable[Question], test: Sequence[Question]) -> float:
+    """Returns the accuracy on `test` of who never looks: the most frequent answer to that very question in `train`.
+
+    For a question that `train` does not have, it is the most frequent answer of all.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        counts[question.text][_same(question.expected)] += 1
+    overall = sum(counts.values(), Counter()).most_common(1)[0][0]
+    best = {text: counter.most_common(1)[0][0] for text, counter in counts.items()}
+    return sum(best.get(question.text, overall) == _same(question.expected) for question in test) / len(test)
+
+
+def _same(text: str) -> str:
+    return text.strip().casefold()

@@ -1,0 +1,67 @@
+"""Where a run starts: the base folder's model, processors and weights, and the projectors' first values."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from model.config import ModelConfig, model_config_from_hf
+from model.hf.configuration_saisa import SaisaConfig
+from model.hf.image_processing_saisa import SaisaImageProcessor
+from model.saisa import SaisaModel
+from model.vision import PREFIX
+from model.weights import (
+    SHARED,
+    Named,
+    from_hf,
+    load_parameters,
+    name_table,
+    random_projector,
+    read_safetensors,
+    spread_shared_projector,
+)
+from pipeline.checkpoint import check_base, find_checkpoint, load_trained_parameters, read_info
+from pipeline.config import RunConfig
+
+
+def base_model_config(base: Path) -> ModelConfig:
+    """Returns the model a base folder holds.
+
+    Raises:
+        ValueError: the folder is not a base.
+    """
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"{base}: no base folder here (no config.json); make one: `make import-hf LLM=... VISION=... OUT={base}`"
+        )
+    return model_config_from_hf(SaisaConfig.from_pretrained(base))
+
+
+def load_image_processor(base: Path, image_aspect_ratio: str) -> SaisaImageProcessor:
+    """Returns the base's image processor, set to `square` or `pad`."""
+    return SaisaImageProcessor.from_pretrained(base, image_aspect_ratio=image_aspect_ratio)
+
+
+def initial_parameters(config: RunConfig, model: SaisaModel) -> None:
+    """Loads the base's weights and the projectors that `init.projector` names into the model.
+
+    Raises:
+        ValueError: weights are missing or do not fit, or the named run has no checkpoint.
+    """
+    stored = read_safetensors(config.init.base, lambda name: not name.startswith(PREFIX))
+    load_parameters(model, chain(from_hf(stored, name_table(config.model)), _projectors(config)))
+
+
+def _projectors(config: RunConfig) -> Iterator[Named]:
+    source = config.init.projector
+    if source == "random":
+        return random_projector(config.model, SHARED, config.train.seed)
+    if source == "base":
+        return iter(())
+    checkpoint = find_checkpoint(Path(source))
+    info = read_info(checkpoint)
+    check_base(checkpoint, info, config.init.base)
+    if info["run"]["stage"] != "pretrain":
+        raise ValueError(
+            f"init.projector={source}: holds a finetune, not a stage 1 run; export it and use it as init.base"
+        )
+    return spread_shared_projector(load_trained_parameters(checkpoint), config.model.num_layers)

@@ -1,0 +1,86 @@
+"""Configuration: shipped files, overrides, and messages that say the way out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.console import UsageError
+from pipeline.config import load_config, to_yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_file_loads_and_survives_print_config(path, tmp_path):
+    config = load_config(path, [])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config))
+    assert load_config(printed, []) == config
+
+
+@pytest.mark.parametrize("name", ["vicuna-7b", "llama3-8b", "mistral-7b"])
+def test_recipes_have_the_hyper_parameters_of_table_8(name):
+    stage1, stage2 = (load_config(CONFIGS / f"saisa-{name}-stage{n}.yaml", []) for n in (1, 2))
+    assert (stage1.stage, stage2.stage) == ("pretrain", "finetune")
+    assert (stage1.optim.learning_rate, stage2.optim.learning_rate) == (1e-3, 2e-5)
+    assert (stage1.train.global_batch_size, stage2.train.global_batch_size) == (256, 128)
+    assert (stage1.data.template, stage1.data.image_aspect_ratio) == ("plain", "square")
+    assert (stage2.data.image_aspect_ratio, stage2.data.max_positions) == ("pad", 2048)
+    for config in (stage1, stage2):
+        assert (config.optim.warmup_fraction, config.optim.weight_decay, config.train.num_epochs) == (0.03, 0, 1)
+        assert (config.optim.adam_beta1, config.optim.adam_beta2, config.train.precision) == (0.9, 0.999, "bf16")
+        assert config.model.vision.num_tokens == 576
+
+
+def test_overrides_win_over_the_file():
+    config = load_config(
+        CONFIGS / "demo-stage1.yaml", ["optim.learning_rate=5e-4", "model.num_layers=2", "train.max_steps=null"]
+    )
+    assert (config.optim.learning_rate, config.model.num_layers, config.train.max_steps) == (5e-4, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rat=1", "unknown setting optim.learning_rat (did you mean 'learning_rate'?)"),
+        ("model.vision.pach_size=1", "unknown setting model.vision.pach_size (did you mean 'patch_size'?)"),
+        ("data.template=vicuna", "data.template='vicuna' is unknown; use one of"),
+        ("data.template=lama_3", "(did you mean 'llama_3'?)"),
+        ("data.max_positions=9999", "must be at most model.max_positions=1024"),
+        ("data.max_text_tokens_per_pack=8", "must be at least data.max_positions=256"),
+        ("model.num_query_groups=3", "must divide model.num_attention_heads=4; use one of [1, 2, 4]"),
+        ("model.vision.select_layer=-9", "must be one of the 3 hidden states"),
+        ("train.global_batch_size=0", "train.global_batch_size=0: input should be greater than 0"),
+        ("train.precision=fp64", "train.precision='fp64': input should be 'bf16' or 'fp32'"),
+        ("optim.learning_rate", "must look like section.key=value"),
+        ("stage.x=1", "'stage' is a single value"),
+    ],
+)
+def test_a_wrong_setting_says_the_way_out_in_one_line(override, message):
+    with pytest.raises(UsageError) as error:
+        load_config(CONFIGS / "demo-stage1.yaml", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_finetune_needs_projectors_to_start_from():
+    with pytest.raises(UsageError, match="set init.projector to the run folder of stage 1"):
+        load_config(CONFIGS / "demo-stage2.yaml", ["init.projector=random"])
+
+
+def test_a_missing_section_a_missing_file_and_broken_yaml(tmp_path):
+    values = yaml.safe_load((CONFIGS / "demo-stage1.yaml").read_text()) | {
+        "model": str(CONFIGS / "models/saisa-tiny.yaml")
+    }
+    del values["optim"]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UsageError, match="optim is required and missing"):
+        load_config(path, [])
+    with pytest.raises(UsageError, match="No such file"):
+        load_config(tmp_path / "none.yaml", [])
+    path.write_text("a: [")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load_config(path, [])
