@@ -1,0 +1,225 @@
+"""What a finished demo shows: a loss curve, a page of answers beside their pictures, a table of scores.
+
+Seeing and blind are the same model on the same questions, with the pictures and with blank ones: the difference is what
+it reads from them.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.questions import Answer, EvaluationResult
+
+STAGES = (("Stage 1: one shared projector", "#2a6fb0"), ("Stage 2: all projectors and the LLM", "#b0442a"))
+MIN_PICTURE_PIXELS = 160
+"""Smaller pictures are enlarged by a whole factor, their pixels kept sharp."""
+
+
+def write_loss_curve(stage1: Sequence[dict], stage2: Sequence[dict], out: Path) -> None:
+    """Writes a PNG of two panels, the loss of each step and its running mean.
+
+    Args:
+        stage1: Metrics with at least `step` and `loss`, in order.
+        stage2: The same.
+        out: File to write.
+    """
+    figure = Figure(figsize=(10, 3.6), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, color), metrics in zip(figure.subplots(1, 2), STAGES, (stage1, stage2), strict=True):
+        _draw_loss(axes, title, color, metrics)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+
+
+def running_mean(values: Sequence[float], half_life: float) -> list[float]:
+    """Returns the exponential mean of the values so far, where `half_life` steps ago weighs half; unbiased at first."""
+    decay = 0.5 ** (1 / half_life)
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = total * decay + value, weight * decay + 1
+        means.append(total / weight)
+    return means
+
+
+def choose_examples(
+    seeing: EvaluationResult, blind: EvaluationResult, num_examples: int
+) -> list[tuple[Answer, Answer]]:
+    """Returns pairs of a seeing and a blind answer to one question: the families in turn, pictures as new as possible.
+
+    Nothing is chosen by whether it is right, so the page is as good as the model is.
+    """
+    families: dict[str, list[tuple[Answer, Answer]]] = {}
+    for pair in _paired(seeing, blind):
+        families.setdefault(pair[0].question.family, []).append(pair)
+    chosen: list[tuple[Answer, Answer]] = []
+    shown: set[tuple[str, ...]] = set()
+    for family in islice(cycle(sorted(families)), num_examples * len(families)):
+        if len(chosen) == num_examples:
+            break
+        pairs = families[family]
+        if pairs:
+            fresh = next((i for i, (answer, _) in enumerate(pairs) if answer.question.images not in shown), 0)
+            chosen.append(pairs.pop(fresh))
+            shown.add(chosen[-1][0].question.images)
+    return chosen
+
+
+def write_examples(
+    seeing: EvaluationResult, blind: EvaluationResult, images: Path, out: Path, num_examples: int = 24
+) -> None:
+    """Writes an HTML page of example answers that needs no other file.
+
+    Args:
+        seeing: Answers with the pictures.
+        blind: Answers of the same model to the same questions without them.
+        images: Folder that the questions' image paths start from.
+        out: File to write.
+        num_examples: Answers to show, if there are so many.
+
+    Raises:
+        ValueError: the two results do not answer the same questions.
+    """
+    chosen = choose_examples(seeing, blind, num_examples)
+    num_right = sum(answer.correct for answer, _ in chosen)
+    families = "".join(
+        f"<tr><td>{html.escape(name)}<td>{seen:.1%}<td>{unseen:.1%}" for name, seen, unseen in _scores(seeing, blind)
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(
+        _PAGE.format(
+            summary=f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without "
+            f"the picture. Below, {len(chosen)} of them, chosen without looking at the answers: {num_right} right.",
+            families=families,
+            cards="\n".join(_card(answer, unseen, images) for answer, unseen in chosen),
+        )
+    )
+
+
+def print_scores(seeing: EvaluationResult, blind: EvaluationResult, console: Console) -> None:
+    """Prints the accuracy of each family and of all, with the pictures and without.
+
+    Raises:
+        ValueError: the two results do not answer the same questions.
+    """
+    num_questions: dict[str, int] = {}
+    for answer, _ in _paired(seeing, blind):
+        num_questions[answer.question.family] = num_questions.get(answer.question.family, 0) + 1
+    table = Table("questions", title="right answers", title_justify="left")
+    for column in ("number", "seeing", "blind"):
+        table.add_column(column, justify="right")
+    rows = list(_scores(seeing, blind))
+    for index, (name, seen, unseen) in enumerate(rows):
+        is_all = index == len(rows) - 1
+        number = seeing.num_questions if is_all else num_questions[name]
+        cells = (name, f"{number:,}", f"{seen:.1%}", f"{unseen:.1%}")
+        table.add_row(*cells, style="bold" if is_all else None, end_section=index == len(rows) - 2)
+    console.print(table)
+
+
+def _paired(seeing: EvaluationResult, blind: EvaluationResult) -> Iterable[tuple[Answer, Answer]]:
+    if [answer.question for answer in seeing.answers] != [answer.question for answer in blind.answers]:
+        raise ValueError("the seeing and the blind answers are not to the same questions; evaluate both on one file")
+    return zip(seeing.answers, blind.answers, strict=True)
+
+
+def _scores(seeing: EvaluationResult, blind: EvaluationResult) -> Iterable[tuple[str, float, float]]:
+    """Yields the name, seeing and blind accuracy of each family, and of all."""
+    blind_families = blind.per_family
+    for family, accuracy in seeing.per_family.items():
+        yield family, accuracy, blind_families[family]
+    yield "all", seeing.accuracy, blind.accuracy
+
+
+def _draw_loss(axes: Axes, title: str, color: str, metrics: Sequence[dict]) -> None:
+    steps, losses = [row["step"] for row in metrics], [row["loss"] for row in metrics]
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not metrics:
+        return
+    axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.9, label="each step")
+    means = running_mean(losses, half_life=max(1.0, len(losses) / 120))
+    axes.plot(steps, means, color=color, linewidth=1.8, label="running mean")
+    axes.set_xlim(min(0, steps[0]), max(steps[-1], steps[0] + 1))
+    axes.set_ylim(0, max(losses) * 1.05)
+    axes.annotate(
+        f"{means[-1]:.3g}", (steps[-1], means[-1]), (-4, 8), textcoords="offset points", ha="right", color=color
+    )
+    axes.legend(frameon=False, fontsize=9, loc="center right")
+
+
+def _card(answer: Answer, blind: Answer, images: Path) -> str:
+    question = answer.question
+    pictures = "".join(f'<img alt="" src="{_data_url(images / name)}">' for name in question.images)
+    pictures = pictures or '<p class="none">no picture</p>'
+    said, unseen = (
+        f'<dd class="{"right" if one.correct else "wrong"}">{html.escape(one.text) or "(nothing)"} '
+        f"{'&#10003;' if one.correct else '&#10007;'}"
+        for one in (answer, blind)
+    )
+    return (
+        f'<article class="{"" if answer.correct else "missed"}">{pictures}\n'
+        f"<h2>{html.escape(question.text)}</h2>\n"
+        f"<dl><dt>expected<dd>{html.escape(question.expected)}<dt>answer{said}<dt>blind{unseen}</dl></article>"
+    )
+
+
+def _data_url(file: Path) -> str:
+    """Returns a picture as a PNG inside a URL, enlarged if it is small."""
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    factor = max(1, -(-MIN_PICTURE_PIXELS // max(picture.size)))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SAISA demo: answers</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #f6f6f4; max-width: 1120px;
+  margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; margin: 0; }}
+table {{ border-collapse: collapse; margin: 1rem 0 1.5rem; }}
+th, td {{ padding: .2rem 1rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }}
+th {{ color: #777; font-weight: normal; }}
+th:first-child, td:first-child {{ text-align: left; }}
+tr:last-child td {{ border-top: 1px solid #bbb; font-weight: 600; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 1rem; }}
+article {{ background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem; }}
+article.missed {{ border-color: #c0392b; }}
+img {{ display: block; width: 100%; border: 1px solid #eee; border-radius: 4px; box-sizing: border-box; }}
+.none {{ color: #777; text-align: center; }}
+h2 {{ font-size: 1rem; font-weight: 600; margin: .8rem 0 .5rem; white-space: pre-line; }}
+dl {{ display: grid; grid-template-columns: 5.5rem 1fr; margin: 0; }}
+dt {{ color: #777; }}
+dd {{ margin: 0; overflow-wrap: anywhere; }}
+.right {{ color: #1d7a3a; }}
+.wrong {{ color: #c0392b; }}
+</style>
+<h1>What the demo's model answers</h1>
+<p>{summary}</p>
+<table><tr><th>questions<th>seeing<th>blind{families}</table>
+<main>
+{cards}
+</main>
+</html>
+"""

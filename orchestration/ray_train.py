@@ -1,0 +1,63 @@
+"""Trains one stage on a Ray cluster: the driver that `ray job submit` starts.
+
+    ray job submit --address http://head:8265 --working-dir . -- \
+        python -m orchestration.ray_train --config configs/saisa-vicuna-7b-stage1.yaml --root $PWD --num-workers 64
+
+Ray Train places one worker per GPU (or CPU share), forms the process group and calls the same `train()` as torchrun
+does. A worker that dies restarts the group, which continues from the last checkpoint.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from data_prep.console import run
+from pipeline.config import RunConfig as StageConfig
+from pipeline.config import load_config, resolve_paths
+from pipeline.train import train
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Runs one worker's part of the stage that `config`, a dumped run configuration, describes."""
+    train(StageConfig.model_validate(config))
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
+    root: Annotated[
+        Path, typer.Option(help="relative paths of the run mean this folder; every node must see it")
+    ] = Path(),
+    num_workers: Annotated[int, typer.Option(help="training processes, one per GPU where there are GPUs")] = 1,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPU cores to reserve for each")] = 1,
+    max_failures: Annotated[int, typer.Option(help="restarts from the last checkpoint after a worker dies")] = 3,
+) -> None:
+    """Trains one stage of SAISA on a Ray cluster."""
+    run = resolve_paths(load_config(config, overrides or []), root.absolute())
+    ray.init()
+    use_gpu = "GPU" in ray.cluster_resources()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=run.model_dump(mode="json"),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name="ray", storage_path=str(run.run_dir), failure_config=FailureConfig(max_failures=max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        causes = [cause for cause in getattr(error, "worker_failures", {}).values() if isinstance(cause, ValueError)]
+        raise ValueError(str(causes[0]) if causes else " ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+    run(main)
