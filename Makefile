@@ -65,6 +65,8 @@ JOB_ENV := {"env_vars": {"PYTHONWARNINGS": "$(PYTHONWARNINGS)"}}
 AUTH := $(if $(wildcard $(HOME)/.ray/auth_token),RAY_AUTH_MODE=$${RAY_AUTH_MODE:-token})
 submit: setup ## JOB=pretrain|finetune [CONFIG=x.yaml] [ADDRESS=http://head:8265] [NPROC=n]: the same on a Ray cluster
 	$(call need,JOB)
+	@host=$(ADDRESS); host=$${host#*://}; (exec 3<>/dev/tcp/$${host%%:*}/$${host##*:}) 2> /dev/null || \
+	  { echo "error: no Ray cluster answers at ADDRESS=$(ADDRESS); name yours, or start one: .venv/bin/ray start --head" >&2; exit 1; }
 	$(AUTH) $(PYTHON) -m ray.scripts.scripts job submit --address $(ADDRESS) --working-dir . \
 	  --runtime-env-json '$(JOB_ENV)' -- \
 	  $(JOB_PYTHON) -m orchestration.ray_train --config $(or $(CONFIG),$(JOB_CONFIG_$(JOB)),$(error JOB=$(JOB) is unknown; use pretrain or finetune, or give CONFIG=)) --root $(CURDIR) \
@@ -94,5 +96,5 @@ test-hf: setup ## exported folders load, answer and save on transformers 4.57 an
 	    -p no:cacheprovider -c /dev/null --rootdir=. check_folder.py) || exit 1; \
 	done
 
-clean: ## remove runs and caches; .venv stays
-	rm -rf runs .pytest_cache .ruff_cache .envs
+clean: ## remove caches and the environments of test-hf; runs and .venv stay
+	rm -rf .pytest_cache .ruff_cache .envs

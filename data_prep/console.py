@@ -37,7 +37,13 @@ def command[**P](function: Callable[P, None]) -> Callable[P, None]:
         except (ValueError, OSError) as error:
             if os.environ.get("SAISA_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_tell(error)}", file=sys.stderr)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
     return wrapped
+
+
+def _tell(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+    return str(error)

@@ -224,9 +224,11 @@ def main(
 ) -> None:
     """Writes a tiny random base to try the pipeline with, on a CPU and on your own data."""
     config = build_tiny_base(read_texts(data), out, tokenizer=tokenizer, seed=seed)
+    same = f"model.vocab_size={config.vocab_size} init.base={out}"
     print(
-        f"{out}: train on it with configs/demo-stage1.yaml, then -stage2.yaml, and "
-        f"model.vocab_size={config.vocab_size} init.base={out}"
+        f"{out} is ready; train on it with (your shards and run folders in capitals)\n"
+        f'make train CONFIG=configs/demo-stage1.yaml ARGS="{same} data.shards=SHARDS1 run_dir=RUN1"\n'
+        f'make train CONFIG=configs/demo-stage2.yaml ARGS="{same} data.shards=SHARDS2 run_dir=RUN2 init.projector=RUN1"'
     )
 
 

@@ -106,9 +106,7 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / "info.json"
     if not file.is_file():
-        raise ValueError(
-            f"{checkpoint}: not a training checkpoint (no info.json); name one such as RUN/checkpoints/step-00000500"
-        )
+        raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
     info = json.loads(file.read_text())
     if not {"step", "run", "config"} <= info.keys():
         raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")

@@ -31,7 +31,7 @@ def base_model_config(base: Path) -> ModelConfig:
     """
     if not (base / "config.json").is_file():
         raise ValueError(
-            f"{base}: no base folder here (no config.json); make one: `make import-hf LLM=... VISION=... OUT={base}`"
+            f"{base}: no base folder here (no config.json); make one with `make import-hf` or `make tiny-base`"
         )
     return model_config_from_hf(SaisaConfig.from_pretrained(base))
 

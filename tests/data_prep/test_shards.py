@@ -239,7 +239,7 @@ def test_nothing_left_is_an_error(dataset, tmp_path: Path) -> None:
         (2, ["--max-bad-fraction", "1.5"], "--max-bad-fraction 1.5 must lie between 0 and 1"),
         (2, ["--seed", "-1"], "--seed -1 must not be negative"),
         (2, ["--sead", "1"], "No such option"),
-        (1, ["--data", "/no/such.json"], "No such file or directory: '/no/such.json'"),
+        (1, ["--data", "/no/such.json"], "/no/such.json: No such file or directory"),
         (1, ["--images", "/no/such"], "--images /no/such is not there; give a folder or a zip"),
         (1, ["--out", "/dev/null"], "/dev/null"),
     ],
