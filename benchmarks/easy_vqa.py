@@ -23,25 +23,16 @@ from pipeline.checkpoint import find_checkpoint
 from pipeline.config import load_config
 from pipeline.evaluate import evaluate
 from pipeline.export import export
-from pipeline.questions import question_only_accuracy, read_questions
+from pipeline.questions import Question, question_only_accuracy, read_questions
 from pipeline.train import train
 
-SUFFIX = "\nAnswer the question using a single word or phrase."
 NUM_TRAIN_ROWS = 900
 
 
-def single_turns(row: dict) -> list[dict]:
-    """Returns a row for each question of `row`."""
-    turns = row["conversations"]
-    questions = [turn["value"].replace("<image>\n", "").removesuffix(SUFFIX) for turn in turns[::2]]
-    return [
-        {
-            "id": f"{row['id']}-{number}",
-            "image": row["image"],
-            "conversations": [{"from": "human", "value": f"<image>\n{question}{SUFFIX}"}, answer],
-        }
-        for number, (question, answer) in enumerate(zip(questions, turns[1::2], strict=True))
-    ]
+def single_turn(question: Question, number: int) -> dict:
+    """Returns a row that asks one question."""
+    turns = [{"from": "human", "value": question.prompt}, {"from": "gpt", "value": question.expected}]
+    return {"id": f"{question.row_id}-{number}", "image": question.images[0], "conversations": turns}
 
 
 def main(
@@ -51,10 +42,10 @@ def main(
 ) -> None:
     """Trains on easy-VQA and prints its accuracy beside that of guessing."""
     out.mkdir(parents=True)
-    rows = json.loads((data / "llava_train.json").read_text())
-    parts = {"train": rows[:NUM_TRAIN_ROWS], "test": rows[NUM_TRAIN_ROWS:]}
-    for name, part in parts.items():
-        (out / f"{name}.json").write_text(json.dumps([single for row in part for single in single_turns(row)]))
+    parts = {"train": slice(NUM_TRAIN_ROWS), "test": slice(NUM_TRAIN_ROWS, None)}
+    for name, rows in parts.items():
+        questions = read_questions(data / "llava_train.json", rows)
+        (out / f"{name}.json").write_text(json.dumps([single_turn(q, n) for n, q in enumerate(questions)]))
 
     make_shards(out / "train.json", data, out / "shards", Settings())
     build_tiny_base(read_texts(out / "train.json"), out / "base")

@@ -125,12 +125,11 @@ def init_matrices(model: LlamaForCausalLM) -> None:
 def train_tokenizer(
     texts: Iterable[str], phrases: tuple[str, ...] = (), vocab_size: int = VOCAB_SIZE
 ) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer that adds BOS and, by `legacy`, declares Vicuna's label arithmetic.
+    """Returns a byte-level BPE tokenizer that adds BOS.
 
     Each of `phrases`, such as the system sentence of a template, becomes one token.
 
-    A merge never crosses a space, so the pieces of a prompt encode the same alone as inside it, and LLaVA's way of
-    counting a turn's tokens (`legacy` true: as many alone as in place) is exact.
+    A merge never crosses a space, so the pieces of a prompt encode the same alone as inside it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -152,7 +151,6 @@ def train_tokenizer(
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
-        legacy=True,
     )
 
 
