@@ -36,9 +36,9 @@ lint: setup ## ruff and pyright
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 
-shards: setup ## DATA=x.json IMAGES=dir-or-zip OUT=dir [WORKERS=n]: LLaVA rows and images to WebDataset tars, on Ray
+shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS=n]: LLaVA rows and images to WebDataset tars, on Ray
 	$(call need,DATA IMAGES OUT)
-	$(PYTHON) -m data_prep.shards --data $(DATA) --images $(IMAGES) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach place,$(IMAGES),--images $(place)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model and encoder to a base folder
 	$(call need,LLM VISION OUT)

@@ -16,29 +16,28 @@ from pathlib import Path
 
 import PIL
 
-from data_prep.files import remove_parts, write_whole
+from data_prep.files import Place, file_sizes, remove_parts, write_whole
 from data_prep.plan import Scan, Settings, differences
 from data_prep.records import Reject, json_bytes
 from data_prep.shard_task import ShardSummary
 
 FORMAT = "saisa-tar"
-STATUS_FILES = ("plan.json", "rejects.jsonl", "index.json", "manifest.json")
+STATUS_FILES = ("plan.json", "rejects.jsonl", "index.json", "manifest.json", ".lock")
 
 
-def prepare(folder: Path, identity: dict, modified_sha256: str) -> bool:
+def prepare(folder: Place, identity: dict, modified_sha256: str) -> bool:
     """Returns whether shards that are already in the folder must be written again to be trusted.
 
-    That is so when image files have a new date but their old sizes. Creates the folder if need be, enters the plan, and
-    takes down the files that say it is complete.
+    That is so when image files have a new date but their old sizes. Enters the plan, and takes down the files that say
+    the folder is complete.
 
     Raises:
         ValueError: The folder belongs to other input or settings, or holds something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _read_plan(folder)
-    if before is None and (others := sorted(path.name for path in folder.iterdir() if path.name not in STATUS_FILES)):
+    before, present = _read_plan(folder), file_sizes(folder)
+    if before is None and (others := sorted(present.keys() - {*STATUS_FILES})):
         raise ValueError(f"{folder} is not empty (it holds {others[0]}) and has no plan.json; use another --out")
-    begun = any(folder.glob("*.tar")) and before
+    begun = any(name.endswith(".tar") for name in present) and before
     if begun and (changes := differences(begun["identity"], identity)):
         raise ValueError(f"{folder} holds other shards: {'; '.join(changes)}; use another --out or delete this one")
     recheck = bool(begun) and begun["modified_sha256"] != modified_sha256
@@ -51,36 +50,44 @@ def prepare(folder: Path, identity: dict, modified_sha256: str) -> bool:
     return recheck
 
 
-def _read_plan(folder: Path) -> dict | None:
-    path = folder / "plan.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _read_plan(folder: Place) -> dict | None:
+    try:
+        return json.loads((folder / "plan.json").read_text())
+    except FileNotFoundError:
+        return None
 
 
-def write_plan(folder: Path, identity: dict, modified_sha256: str) -> None:
+def write_plan(folder: Place, identity: dict, modified_sha256: str) -> None:
     """Enters what the folder is made from; `modified_sha256` vouches for images of unchanged size."""
     write_whole(folder / "plan.json", _pretty({"identity": identity, "modified_sha256": modified_sha256}))
 
 
-def finished(folder: Path, identity: dict, modified_sha256: str) -> dict | None:
+def finished(folder: Place, identity: dict, modified_sha256: str) -> dict | None:
     """Returns the manifest of a folder that is complete and was made from the same, None where work remains."""
     try:
         plan, index, manifest = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("plan", "index", "manifest")
         )
         shards = [shard[part] for shard in index["shards"] for part in ("raw_data", "raw_meta")]
-        whole = all((folder / shard["basename"]).stat().st_size == shard["bytes"] for shard in shards)
+        present = file_sizes(folder)
+        whole = all(present.get(shard["basename"]) == shard["bytes"] for shard in shards)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     same = plan == {"identity": identity, "modified_sha256": modified_sha256}
     return manifest if same and whole else None
 
 
-def finalize(folder: Path, summaries: Sequence[ShardSummary], scan: Scan, settings: Settings, sources: dict) -> dict:
+def finalize(folder: Place, summaries: Sequence[ShardSummary], scan: Scan, settings: Settings, sources: dict) -> dict:
     """Writes rejects, index and manifest, in this order; returns the manifest."""
     summaries = sorted(summaries)
     rejects = sorted([*scan.rejects, *(reject for summary in summaries for reject in summary.rejects)])
     manifest = build_manifest(summaries, scan.num_rows, len(rejects))
-    manifest |= {"settings": asdict(settings), "sources": sources, "code": code_version()}
+    manifest |= {
+        "num_other_extensions": scan.num_other_extensions,
+        "settings": asdict(settings),
+        "sources": sources,
+        "code": code_version(),
+    }
     remove_parts(folder)
     write_rejects(folder, rejects, sources["data"]["name"])
     write_whole(folder / "index.json", json_bytes(build_index(summaries, settings)))
@@ -147,7 +154,7 @@ def _file_info(basename: str, num_bytes: int, sha256: str) -> dict:
     return {"basename": basename, "bytes": num_bytes, "hashes": {"sha256": sha256}}
 
 
-def write_rejects(folder: Path, rejects: Iterable[Reject], source: str) -> None:
+def write_rejects(folder: Place, rejects: Iterable[Reject], source: str) -> None:
     """Writes rejects.jsonl, in the order of the source."""
     lines = [json_bytes({"source": source, **reject._asdict()}) + b"\n" for reject in sorted(rejects)]
     write_whole(folder / "rejects.jsonl", b"".join(lines))

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from data_prep.images import ImageEntry
+from data_prep.console import UsageError
+from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
-from data_prep.records import Refused, Reject, check_row, refuse
+from data_prep.records import DUPLICATE, Refused, Reject, check_row, content_digest, refuse
 from data_prep.tar_writer import member_bytes
 
 LAYOUT = 1
@@ -29,7 +30,21 @@ class Settings:
     shard_bytes: int = 256_000_000
     seed: int = 0
     shuffle: bool = True
+    check: str = "decode"
+    resize_longest: int | None = None
+    deduplicate: bool = False
     layout: int = LAYOUT
+
+    def __post_init__(self) -> None:
+        """Refuses settings that contradict each other."""
+        if self.check not in ("decode", "header"):
+            raise UsageError(f"--check {self.check} is unknown; use decode or header")
+        if self.resize_longest is not None and self.resize_longest < 1:
+            raise UsageError(f"--resize-longest {self.resize_longest} must be at least 1 pixel")
+        if self.resize_longest and self.check != "decode":
+            raise UsageError("--resize-longest decodes every image; leave --check at decode")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} must not be negative")
 
 
 @dataclass
@@ -42,18 +57,21 @@ class Scan:
     row_bytes: array = field(default_factory=lambda: array("q"))
     sample_bytes: array = field(default_factory=lambda: array("q"))
     rejects: list[Reject] = field(default_factory=list)
+    num_other_extensions: int = 0
     images_sha256: str = ""
     modified_sha256: str = ""
 
 
-def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None]) -> Scan:
+def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None], deduplicate: bool = False) -> Scan:
     """Returns the plan's raw material: every row checked, every image found and weighed.
 
     Args:
         rows: The rows of the source, in order.
         find: Returns the entry of an image path, or None where there is no such image.
+        deduplicate: Refuse a row that says the same about the same image paths as an earlier one.
     """
     scan, images, modified = Scan(), hashlib.sha256(), hashlib.sha256()
+    seen: dict[bytes, int] = {}
     for row in rows:
         scan.num_rows += 1
         try:
@@ -63,16 +81,19 @@ def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None]) -> 
                 images.update(
                     f"{path}\0{(entry.num_bytes, entry.slot and entry.slot.crc) if entry else None}\n".encode()
                 )
-                modified.update(f"{entry.modified_ns if entry else None}\n".encode())
+                modified.update(f"{entry.version if entry else None}\n".encode())
             for path, entry in zip(paths, entries, strict=True):
                 if entry is None:
                     raise Refused("image_missing", "no such image under --images", path)
+            if deduplicate and (first := seen.setdefault(content_digest(row.value), row.index)) != row.index:
+                raise Refused(DUPLICATE, f"the same images and conversations as the row at index {first}")
         except Refused as problem:
             scan.rejects.append(refuse(row.index, row.value, problem))
             continue
         scan.indices.append(row.index)
         scan.offsets.append(row.offset)
         scan.row_bytes.append(row.num_bytes)
+        scan.num_other_extensions += sum(entry.found_as is not None for entry in entries if entry)
         scan.sample_bytes.append(_estimate_bytes(row.value, [entry.num_bytes for entry in entries if entry]))
     scan.images_sha256, scan.modified_sha256 = images.hexdigest(), modified.hexdigest()
     return scan

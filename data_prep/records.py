@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 IMAGE_TOKEN = "<image>"
 RESERVED_KEYS = ("images", "sha256", "source_index")
+DUPLICATE = "duplicate"
+"""The kind of a refusal that tells nothing bad of the row."""
 
 
 class Refused(ValueError):
@@ -118,6 +120,11 @@ def build_record(row: dict, index: int, images: list[dict]) -> bytes:
 def canonical_json(row: dict) -> bytes:
     """Returns the one spelling of a row that its hash is taken of: keys sorted, no spaces, UTF-8."""
     return json_bytes(row, sort_keys=True)
+
+
+def content_digest(row: dict) -> bytes:
+    """Returns 16 bytes that are equal for rows that say the same about the same image paths, whatever their ids."""
+    return hashlib.sha256(json.dumps([row.get("image"), row["conversations"]], sort_keys=True).encode()).digest()[:16]
 
 
 def json_bytes(value: Any, sort_keys: bool = False) -> bytes:

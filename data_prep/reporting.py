@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.records import Reject
+from data_prep.plan import Plan
+from data_prep.records import DUPLICATE, Reject
 
 
 class TooManyRefused(ValueError):
@@ -38,9 +39,10 @@ class Ledger:
             if reject.kind not in known:
                 known.add(reject.kind)
                 self.console.print(f"refused ({reject.kind}): {self.describe(reject)}", highlight=False, markup=False)
-        if len(self.rejects) > self.max_bad_fraction * self.num_rows:
+        num_bad = sum(reject.kind != DUPLICATE for reject in self.rejects)
+        if num_bad > self.max_bad_fraction * self.num_rows:
             raise TooManyRefused(
-                f"{len(self.rejects):,} of {self.num_rows:,} rows of {self.source} refused, more than "
+                f"{num_bad:,} of {self.num_rows:,} rows of {self.source} refused, more than "
                 f"--max-bad-fraction {self.max_bad_fraction:g} allows; rejects.jsonl says why"
             )
 
@@ -63,6 +65,14 @@ def build_progress(console: Console) -> Progress:
     """Returns a progress display whose tasks carry a `note`: what a count or a rate is worth saying."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+
+
+def plan_text(num_rows: int, plan: Plan, num_bytes: int) -> str:
+    """Returns what a run would write, before an image has been read."""
+    return (
+        f"{num_rows:,} rows: {len(plan.order):,} to write and {num_rows - len(plan.order):,} refused so far\n"
+        f"about {num_bytes / 1e6:,.1f} MB in {len(plan.shards):,} shards; nothing was written"
+    )
 
 
 def summary_text(manifest: dict, num_kept: int, seconds: float, out: object) -> str:

@@ -1,21 +1,21 @@
-"""Runs shard tasks on Ray: the only file of data preparation that knows Ray.
+"""Runs one function over many tasks on Ray: the only file of data preparation that knows Ray.
 
-A task carries all it needs and its output is on the disk under its final name or not at all, so a task whose worker
-died is simply run again.
+A task carries all it needs and what it writes is there under its final name or not at all, so a task whose worker died
+is simply run again.
 """
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from data_prep.shard_task import ShardSummary, ShardTask, write_shard
-
+MAX_RETRIES = 5  # of a task whose worker, machine or file system failed
 OBJECT_STORE_BYTES_PER_WORKER = 32 << 20  # rows travel through it; images do not
 MIN_OBJECT_STORE_BYTES = 128 << 20
 
@@ -67,29 +67,37 @@ def _connect(address: str) -> None:
         ) from None
 
 
-def run_tasks(tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardSummary]:
-    """Yields the summaries of all tasks as they finish; takes tasks only as fast as it can hand them out.
+def run_tasks[Task, Result](
+    function: Callable[[Task], Result], tasks: Iterable[Task], in_flight: int
+) -> Iterator[Result]:
+    """Yields what the function returns for each task, as they finish; takes tasks only as fast as it hands them out.
+
+    A task is tried `1 + MAX_RETRIES` times when its worker dies or it raises OSError, on any machine that is free.
 
     Raises:
-        ValueError, OSError: As a task raised it, or its worker died again and again.
+        ValueError, OSError: As the function raised it, or its worker died again and again.
     """
-    remote, tasks, pending = ray.remote(max_retries=3)(write_shard), iter(tasks), []
+    options: Any = {"max_retries": MAX_RETRIES, "retry_exceptions": [OSError]}
+    remote = ray.remote(**options)(function)
+    tasks, pending = iter(tasks), {}
     try:
         while True:
-            pending += [remote.remote(task) for task in islice(tasks, in_flight - len(pending))]
+            for task in islice(tasks, in_flight - len(pending)):
+                pending[remote.remote(task)] = str(task)
             if not pending:
                 return
-            (done, *_), pending = ray.wait(pending)
-            yield _result(done)
+            (done, *_), _ = ray.wait(list(pending))
+            yield _result(done, pending.pop(done))
     finally:
-        for task in pending:
-            ray.cancel(task)
+        for reference in pending:
+            ray.cancel(reference)
 
 
-def _result(reference: "ray.ObjectRef") -> ShardSummary:
+def _result[Result](reference: "ray.ObjectRef[Result]", task: str) -> Result:
     try:
         return ray.get(reference)
     except RayTaskError as error:
         raise error.cause from None  # what the task raised, without Ray's traceback around it
     except RayError as error:
-        raise ValueError(f"a worker died again and again: {str(error).strip().splitlines()[0]}") from None
+        problem = str(error).strip().splitlines()[0]
+        raise ValueError(f"{task}: its worker died {1 + MAX_RETRIES} times ({problem})") from None

@@ -8,15 +8,21 @@ later run accepts the tar, and the index by which readers find a sample: sample 
 import hashlib
 import json
 import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.files import whole_file, write_whole
-from data_prep.images import ImageEntry, check_image, read_image
+from data_prep.files import Place, whole_file, write_whole
+from data_prep.image_check import check_image, shrink_image
+from data_prep.image_roots import ImageEntry, read_image
+from data_prep.plan import Settings
 from data_prep.records import Refused, Reject, build_record, json_bytes, refuse
 from data_prep.tar_writer import END_OF_ARCHIVE, tar_sample
+
+READS_AHEAD = 16  # images of a shard on their way from a store at a time
 
 
 class PlannedRow(NamedTuple):
@@ -33,17 +39,22 @@ class ShardTask:
     """One shard to write. With `recheck`, a shard that exists is written again and must come out the same."""
 
     name: str
-    folder: Path
+    folder: Place
     rows: list[PlannedRow]
+    settings: Settings
     recheck: bool = False
 
+    def __str__(self) -> str:
+        """The shard's name: what an error calls this task."""
+        return self.name
+
     @property
-    def tar(self) -> Path:
+    def tar(self) -> Place:
         """The shard."""
         return self.folder / f"{self.name}.tar"
 
     @property
-    def sidecar(self) -> Path:
+    def sidecar(self) -> Place:
         """Its receipt and index."""
         return self.folder / f"{self.name}.json"
 
@@ -74,10 +85,10 @@ def write_shard(task: ShardTask) -> ShardSummary:
         return _summary(task, receipt, is_new=False)
     samples, rejects, sha256 = [], [], hashlib.sha256()
     with whole_file(task.tar) as file:
-        for row in task.rows:
+        for row, images in read_ahead(task.rows):
             value = json.loads(row.text)
             try:
-                blocks = tar_sample(row.key, _members(value, row))
+                blocks = tar_sample(row.key, _members(value, row, images, task.settings))
             except Refused as problem:
                 rejects.append(refuse(row.index, value, problem)._asdict())
                 continue
@@ -93,16 +104,41 @@ def write_shard(task: ShardTask) -> ShardSummary:
     return _summary(task, sidecar, is_new=True)
 
 
-def _members(value: dict, row: PlannedRow) -> list[tuple[str, bytes]]:
+def read_ahead(rows: list[PlannedRow]) -> Iterator[tuple[PlannedRow, Iterable[bytes]]]:
+    """Yields each row with the bytes of its images, which are read as they are asked for.
+
+    A store takes tens of milliseconds for an image, so there the images of the next rows are on their way already.
+    """
+    if not any("://" in entry.file for row in rows for entry in row.images):
+        yield from ((row, map(read_image, row.images)) for row in rows)
+        return
+    with ThreadPoolExecutor(READS_AHEAD) as readers:
+        on_the_way: deque[list[Future[bytes]]] = deque()
+        try:
+            for number, row in enumerate(rows):
+                while number + len(on_the_way) < len(rows) and len(on_the_way) <= READS_AHEAD:
+                    coming = rows[number + len(on_the_way)].images
+                    on_the_way.append([readers.submit(read_image, entry) for entry in coming])
+                yield row, (read.result() for read in on_the_way.popleft())
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def _members(value: dict, row: PlannedRow, images: Iterable[bytes], settings: Settings) -> list[tuple[str, bytes]]:
     """Returns the record and its images; an image is named after the format its bytes tell, not after its file."""
-    images, infos = [], []
-    for number, entry in enumerate(row.images):
-        data = read_image(entry)
-        info = check_image(data, entry.path)
+    members, infos = [], []
+    for number, (entry, data) in enumerate(zip(row.images, images, strict=True)):
+        if settings.resize_longest:
+            data, info, source = shrink_image(data, entry.path, settings.resize_longest)
+        else:
+            info = source = check_image(data, entry.path, decode=settings.check == "decode")
         member = info.extension if len(row.images) == 1 else f"{number}.{info.extension}"
-        images.append((member, data))
-        infos.append({"member": member, "path": entry.path, **info._asdict()})
-    return [("json", build_record(value, row.index, infos)), *images]
+        members.append((member, data))
+        told = {"member": member, "path": entry.path, **info._asdict()}
+        told |= {"found_as": entry.found_as} if entry.found_as else {}
+        told |= {"source_width": source.width, "source_height": source.height} if info != source else {}
+        infos.append(told)
+    return [("json", build_record(value, row.index, infos)), *members]
 
 
 class _Sample(NamedTuple):

@@ -1,8 +1,8 @@
 """LLaVA JSON and images in, verified WebDataset shards out: `python -m data_prep.shards --help`.
 
-    scan      check every row, find every image                                json_rows, records, images
+    scan      check every row, find every image                                json_rows, records, image_roots
     plan      shuffle by seed, cut by bytes                                     plan
-    write     one Ray task a shard: decode every image, write tar and sidecar   runner, shard_task, tar_writer
+    write     one Ray task a shard: decode every image, write tar and sidecar   runner, shard_task, image_check
     finalize  rejects.jsonl, index.json, and last of all manifest.json          output
 
 The same input and settings give the same bytes whatever the number of workers. A run that was stopped is finished by
@@ -13,7 +13,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,38 +24,46 @@ from rich.console import Console
 
 from data_prep import output
 from data_prep.console import UsageError, run
-from data_prep.images import ImageDirectory, open_images
+from data_prep.files import Place, local_copy, locked, open_place
+from data_prep.image_roots import ImageRoots, open_images
 from data_prep.json_rows import Row, read_rows
 from data_prep.plan import Plan, Scan, Settings, build_plan, identity, sample_key, scan_rows, shard_name
 from data_prep.records import check_row
-from data_prep.reporting import Ledger, build_progress, summary_text
+from data_prep.reporting import Ledger, build_progress, plan_text, summary_text
 from data_prep.runner import ray_session, run_tasks
-from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask
+from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 MAX_SHARDS = 1_000_000
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="LLaVA rows: a .json array or .jsonl")],
-    images: Annotated[Path, typer.Option(help="the folder or the zip that image paths are relative to")],
-    out: Annotated[Path, typer.Option(help="the shard directory to write")],
+    data: Annotated[str, typer.Option(help="LLaVA rows: a .json array or .jsonl, here or at a URL")],
+    images: Annotated[list[str], typer.Option(help="folder, zip or URL of the images; name=place for paths name/...")],
+    out: Annotated[
+        str, typer.Option(help="the shard directory to write: a folder or a URL such as s3://bucket/shards")
+    ],
     workers: Annotated[int | None, typer.Option(help="shards at a time; default: every CPU")] = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster: auto, ray://host:10001; default: local")] = None,
     shard_bytes: Annotated[str, typer.Option(help="size to fill a shard to: 256MB, 1GiB or a number")] = "256MB",
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
     shuffle: Annotated[bool, typer.Option(help="mix the rows over all shards")] = True,
+    deduplicate: Annotated[bool, typer.Option(help="refuse rows that say the same about the same images")] = False,
+    check: Annotated[str, typer.Option(help="decode: every image in full; header: what it is and its size")] = "decode",
+    resize_longest: Annotated[int | None, typer.Option(help="shrink images with a longer side, in pixels")] = None,
     max_bad_fraction: Annotated[float, typer.Option(help="stop when more of the rows are refused")] = 0.01,
+    dry_run: Annotated[bool, typer.Option(help="check the rows, find the images, and write nothing")] = False,
 ) -> None:
     """Write WebDataset shards from LLaVA rows and their images."""
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} must be at least 1")
     if not 0 <= max_bad_fraction <= 1:
         raise UsageError(f"--max-bad-fraction {max_bad_fraction} must lie between 0 and 1")
-    if seed < 0:
-        raise UsageError(f"--seed {seed} must not be negative")
-    settings = Settings(parse_bytes(shard_bytes), seed, shuffle)
-    make_shards(data, images, out, settings, workers, address, max_bad_fraction)
+    settings = Settings(parse_bytes(shard_bytes), seed, shuffle, check, resize_longest, deduplicate)
+    if dry_run:
+        show_plan(data, images, settings, max_bad_fraction)
+    else:
+        make_shards(data, images, out, settings, workers, address, max_bad_fraction)
 
 
 def parse_bytes(text: str) -> int:
@@ -69,10 +79,61 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
+@dataclass(frozen=True)
+class Source:
+    """Scanned input: the rows, here as a local file whatever `name` they have, and the images they mean."""
+
+    name: str
+    rows: Path
+    images: ImageRoots
+    scan: Scan
+    description: dict
+
+
+@contextmanager
+def open_source(
+    data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, console: Console
+) -> Iterator[Source]:
+    """Yields the input with every row checked and every image found.
+
+    Raises:
+        ValueError: The rows are no list of rows, or a root of the images is not there.
+    """
+    places = [str(place) for place in ([images] if isinstance(images, str | Path) else images)]
+    place, roots = open_place(data), open_images(places)
+    with local_copy(place) as rows:
+        scan = scan_source(rows, roots, settings, console)
+        description = {
+            "data": {"name": place.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
+            "images": {
+                "names": [name.rstrip("/").rsplit("/", 1)[-1] for name in places],
+                "sha256": scan.images_sha256,
+                "hashed": "paths and sizes, in row order",
+            },
+        }
+        yield Source(place.name, rows, roots, scan, description)
+
+
+def show_plan(
+    data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, max_bad_fraction: float = 0.01
+) -> Plan:
+    """Returns the plan that a run would follow, and shows what it would refuse before it reads an image."""
+    console = Console(stderr=True, soft_wrap=True)
+    with open_source(data, images, settings, console) as source:
+        ledger = Ledger(source.name, source.scan.num_rows, max_bad_fraction, console)
+        try:
+            ledger.enter(source.scan.rejects)
+        finally:
+            ledger.show_table()
+        plan = build_plan(source.scan, settings)
+        console.print(plan_text(source.scan.num_rows, plan, sum(source.scan.sample_bytes)), highlight=False)
+        return plan
+
+
 def make_shards(
-    data: Path,
-    images: Path,
-    out: Path,
+    data: str | Path,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
     settings: Settings,
     workers: int | None = None,
     address: str | None = None,
@@ -84,42 +145,53 @@ def make_shards(
         ValueError: The input is unreadable, too much of it is bad, or `out` holds something else.
     """
     started, console = time.monotonic(), Console(stderr=True, soft_wrap=True)
-    directory = open_images(images)
-    scan = scan_source(data, directory, console)
-    sources = {
-        "data": {"name": data.name, "bytes": data.stat().st_size, "sha256": _sha256(data)},
-        "images": {"name": images.name, "sha256": scan.images_sha256, "hashed": "paths and sizes, in row order"},
-    }
-    plan_identity = identity(scan, settings, sources["data"]["sha256"])
-    if manifest := output.finished(out, plan_identity, scan.modified_sha256):
-        console.print(f"{out} is complete and was made from this input: nothing to do")
-        return manifest
-    recheck = output.prepare(out, plan_identity, scan.modified_sha256)
-    ledger = Ledger(data.name, scan.num_rows, max_bad_fraction, console)
-    try:
-        ledger.enter(scan.rejects)
-        plan = build_plan(scan, settings)
-        if len(plan.shards) > MAX_SHARDS:
-            raise UsageError(f"--shard-bytes {settings.shard_bytes} makes {len(plan.shards):,} shards, too many")
-        tasks = build_tasks(data, directory, out.resolve(), scan, plan, recheck)
-        summaries = write_shards(tasks, plan, ledger, workers, address)
-        if not any(summary.num_samples for summary in summaries):
-            raise ValueError(f"{data}: every row was refused, so there is nothing to write")
-    except ValueError:
-        output.write_rejects(out, ledger.rejects, data.name)
-        ledger.show_table()
-        raise
-    if recheck:
-        output.write_plan(out, plan_identity, scan.modified_sha256)
-    manifest = output.finalize(out, summaries, scan, settings, sources)
+    folder = open_place(out)
+    with open_source(data, images, settings, console) as source:
+        plan_identity = identity(source.scan, settings, source.description["data"]["sha256"])
+        if manifest := output.finished(folder, plan_identity, source.scan.modified_sha256):
+            console.print(f"{folder} is complete and was made from this input: nothing to do")
+            return manifest
+        with locked(folder):
+            ledger = Ledger(source.name, source.scan.num_rows, max_bad_fraction, console)
+            recheck = output.prepare(folder, plan_identity, source.scan.modified_sha256)
+            summaries = _write_all(source, folder, settings, recheck, ledger, workers, address)
+            if recheck:
+                output.write_plan(folder, plan_identity, source.scan.modified_sha256)
+            manifest = output.finalize(folder, summaries, source.scan, settings, source.description)
     ledger.show_table()
     num_kept = sum(not summary.is_new for summary in summaries)
-    text = summary_text(manifest, num_kept, time.monotonic() - started, out)
+    text = summary_text(manifest, num_kept, time.monotonic() - started, folder)
     console.print(text, highlight=False, markup=False)
     return manifest
 
 
-def scan_source(data: Path, directory: ImageDirectory, console: Console) -> Scan:
+def _write_all(
+    source: Source,
+    folder: Place,
+    settings: Settings,
+    recheck: bool,
+    ledger: Ledger,
+    workers: int | None,
+    address: str | None,
+) -> list[ShardSummary]:
+    """Returns the summaries of all shards; leaves rejects.jsonl and a table of reasons where it cannot go on."""
+    try:
+        ledger.enter(source.scan.rejects)
+        plan = build_plan(source.scan, settings)
+        if len(plan.shards) > MAX_SHARDS:
+            raise UsageError(f"--shard-bytes {settings.shard_bytes} makes {len(plan.shards):,} shards, too many")
+        tasks = build_tasks(source, folder, settings, plan, recheck)
+        summaries = write_shards(tasks, plan, ledger, workers, address)
+        if not any(summary.num_samples for summary in summaries):
+            raise ValueError(f"{source.name}: every row was refused, so there is nothing to write")
+        return summaries
+    except ValueError:
+        output.write_rejects(folder, ledger.rejects, source.name)
+        ledger.show_table()
+        raise
+
+
+def scan_source(data: Path, images: ImageRoots, settings: Settings, console: Console) -> Scan:
     """Returns the checked rows of `data`, showing how far it has got."""
     started, total = time.monotonic(), data.stat().st_size
     with build_progress(console) as progress:
@@ -133,26 +205,25 @@ def scan_source(data: Path, directory: ImageDirectory, console: Console) -> Scan
                     progress.update(bar, completed=row.offset, note=f"{row.index + 1:,} rows, {rate:,.0f}/s")
             progress.update(bar, completed=total)
 
-        return scan_rows(watched(), directory.find)
+        return scan_rows(watched(), images.find, settings.deduplicate)
 
 
-def build_tasks(
-    data: Path, directory: ImageDirectory, out: Path, scan: Scan, plan: Plan, recheck: bool
-) -> Iterator[ShardTask]:
+def build_tasks(source: Source, folder: Place, settings: Settings, plan: Plan, recheck: bool) -> Iterator[ShardTask]:
     """Yields the task of each shard, with its own rows and the places of its own images, and no others."""
-    with data.open("rb") as file:
+    scan = source.scan
+    with source.rows.open("rb") as file:
         for number, places in enumerate(plan.shards):
             rows = []
             for place in places:
                 row = plan.order[place]
                 file.seek(scan.offsets[row])
                 text = file.read(scan.row_bytes[row])
-                found = [directory.find(path) for path in check_row(json.loads(text))]
+                found = [source.images.find(path) for path in check_row(json.loads(text))]
                 entries = tuple(entry for entry in found if entry)
                 if len(entries) < len(found):
-                    raise ValueError(f"{data}: an image of row {scan.indices[row]} vanished while it was being sharded")
+                    raise ValueError(f"{source.name}: an image of row {scan.indices[row]} vanished during the run")
                 rows.append(PlannedRow(sample_key(place), scan.indices[row], text, entries))
-            yield ShardTask(shard_name(number), out, rows, recheck)
+            yield ShardTask(shard_name(number), folder, rows, settings, recheck)
 
 
 def write_shards(
@@ -162,7 +233,7 @@ def write_shards(
     summaries, num_done, num_shards = [], 0, len(plan.shards)
     with ray_session(address, workers) as in_flight, build_progress(ledger.console) as progress:
         started, bar = time.monotonic(), progress.add_task("write", total=len(plan.order), note="")
-        for summary in run_tasks(tasks, in_flight):
+        for summary in run_tasks(write_shard, tasks, in_flight):
             summaries.append(summary)
             num_done += summary.num_samples + len(summary.rejects)
             rate = num_done / (time.monotonic() - started)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,15 @@ def test_finalize_puts_rejects_in_the_order_of_the_source(tmp_path: Path) -> Non
     }  # fmt: skip
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [shard["tar"] for shard in manifest["shards"]] == [f"shard-00000{i}.tar" for i in range(3)]
-    assert manifest["settings"] == {"shard_bytes": 256_000_000, "seed": 0, "shuffle": True, "layout": 1}
+    assert manifest["settings"] == asdict(Settings())
     assert manifest["code"].keys() == {"saisa", "pillow"}
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_folder_is_begun_continued_rechecked_or_refused(tmp_path: Path) -> None:
-    assert output.prepare(tmp_path / "new", {"seed": 0}, "dates") is False
     folder = tmp_path / "new"
+    folder.mkdir()
+    assert output.prepare(folder, {"seed": 0}, "dates") is False
     assert output.prepare(folder, {"seed": 1}, "dates") is False  # no shard yet: the plan may change
     (folder / "shard-000000.tar").touch()
     assert output.prepare(folder, {"seed": 1}, "dates") is False

@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from data_prep.images import ImageEntry
+from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
 from data_prep.plan import (
     Scan,
@@ -80,7 +80,7 @@ def test_scan_tells_changed_images_but_not_another_spelling_of_the_json() -> Non
     assert (spaced.images_sha256, spaced.sample_bytes) == (base.images_sha256, base.sample_bytes)
     larger = scan_rows(rows, (files | {"1.jpg": files["1.jpg"]._replace(num_bytes=101)}).get)
     found = scan_rows(rows, (files | {"2.jpg": files["1.jpg"]}).get)
-    touched = scan_rows(rows, (files | {"1.jpg": files["1.jpg"]._replace(modified_ns=8)}).get)
+    touched = scan_rows(rows, (files | {"1.jpg": files["1.jpg"]._replace(version=8)}).get)
     assert len({base.images_sha256, larger.images_sha256, found.images_sha256}) == 3
     assert touched.images_sha256 == base.images_sha256 and touched.modified_sha256 != base.modified_sha256
 

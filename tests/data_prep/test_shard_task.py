@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.images import open_images
+from data_prep.image_roots import open_images
+from data_prep.plan import Settings
 from data_prep.shard_task import PlannedRow, ShardTask, write_shard
 from data_prep.tar_writer import END_OF_ARCHIVE
 
@@ -23,14 +24,14 @@ def task(tmp_path: Path) -> ShardTask:
     for i in range(5):
         Image.effect_noise((50, 40), 80).save(folder / f"{i}.png")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:900])
-    images = open_images(folder)
+    images = open_images([str(folder)])
     for i in range(5):
         entry = images.find(f"{i}.png")
         assert entry
         text = json.dumps({"id": f"row{i}", "image": f"{i}.png", "conversations": TURNS}).encode()
         rows.append(PlannedRow(f"{i + 100:09d}", i, text, (entry,)))
     (tmp_path / "out").mkdir()
-    return ShardTask("shard-000007", tmp_path / "out", rows)
+    return ShardTask("shard-000007", tmp_path / "out", rows, Settings())
 
 
 def test_the_sidecar_finds_and_proves_every_sample(task: ShardTask) -> None:
@@ -89,7 +90,7 @@ def test_what_does_not_verify_is_written_again(task: ShardTask, damage: Callable
 
 def test_a_recheck_accepts_the_same_images_and_refuses_others(task: ShardTask) -> None:
     write_shard(task)
-    recheck = ShardTask(task.name, task.folder, task.rows, recheck=True)
+    recheck = ShardTask(task.name, task.folder, task.rows, task.settings, recheck=True)
     assert write_shard(recheck).num_samples == 4
     before, image = task.tar.read_bytes(), Path(task.rows[0].images[0].file)
     data = bytearray(image.read_bytes())
@@ -108,7 +109,7 @@ def test_an_image_that_is_gone_stops_the_run_and_leaves_nothing(task: ShardTask)
 
 
 def test_a_shard_of_refused_rows_is_an_empty_tar(task: ShardTask) -> None:
-    empty = ShardTask(task.name, task.folder, task.rows[3:4])
+    empty = ShardTask(task.name, task.folder, task.rows[3:4], task.settings)
     summary = write_shard(empty)
     assert (summary.num_samples, len(summary.rejects)) == (0, 1)
     assert task.tar.read_bytes() == END_OF_ARCHIVE

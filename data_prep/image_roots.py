@@ -1,0 +1,222 @@
+"""Where images are: in folders, in zips that are read in place, in object stores, under one root or several.
+
+    --images /data/llava-images                     every path
+    --images coco=s3://data/train2017.zip           coco/train2017/1.jpg is train2017/1.jpg in that zip
+    --images vg=images.zip --images vg=images2.zip  vg/... in the first that has it
+
+The driver finds every image once (`open_images(...).find(path)`); a worker reads it by the entry alone (`read_image`),
+so that the directory of a zip with half a million files is parsed once and not in every worker.
+"""
+
+import errno
+import os
+import posixpath
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from upath import UPath
+
+from data_prep.console import UsageError
+from data_prep.files import Place, open_place, read_range
+from data_prep.records import Refused
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+NAMED_ROOT = re.compile(r"([\w-]+(?:/[\w-]+)*)=(.+)", re.DOTALL)
+LOCAL_HEADER_BYTES = 30
+SLACK_BYTES = 256  # read along with a member's header; the extra field of most zips is far shorter
+
+
+class ZipSlot(NamedTuple):
+    """Where a member's bytes lie in its zip file."""
+
+    header_offset: int
+    num_stored_bytes: int
+    method: int
+    crc: int
+
+
+class ImageEntry(NamedTuple):
+    """An image that was found: all a worker needs to read it.
+
+    `path` is what the row says, `file` the file or URL that holds the bytes. `version` is another one when the file has
+    been written again. `found_as` is the path it was found at, where that has another extension.
+    """
+
+    path: str
+    file: str
+    num_bytes: int
+    version: int
+    slot: ZipSlot | None = None
+    found_as: str | None = None
+
+
+class FolderImages:
+    """Images in a local folder."""
+
+    def __init__(self, root: Path):
+        self.root = str(root)
+
+    def find(self, path: str) -> ImageEntry | None:
+        """Returns the entry of a regular file under the folder."""
+        file = os.path.join(self.root, path)
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                return None
+            raise
+        return ImageEntry(path, file, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+class StoreImages:
+    """Images under the URL of an object store, which is listed once."""
+
+    def __init__(self, root: UPath):
+        """Raises `ValueError` where nothing can be listed."""
+        listed: Any = root.fs.find(root.path, detail=True)
+        if not listed:
+            raise ValueError(f"--images {root} lists no files; give a URL that can be listed, or that of a zip")
+        self.root, start = str(root).rstrip("/"), len(root.path.rstrip("/")) + 1
+        self.files = {name[start:]: (info["size"], _version(info)) for name, info in listed.items()}
+
+    def find(self, path: str) -> ImageEntry | None:
+        """Returns the entry of an object under the URL."""
+        found = self.files.get(path)
+        return found and ImageEntry(path, f"{self.root}/{path}", *found)
+
+
+def _version(info: dict) -> int:
+    """Returns a number for what a store says identifies the content of an object."""
+    told = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified") or info.get("mtime")
+    return zlib.crc32(str(told).encode())
+
+
+class ZipImages:
+    """Images in a zip file, local or at a URL."""
+
+    def __init__(self, root: Place):
+        """Reads the zip's directory, once.
+
+        Raises:
+            ValueError: It is not a zip file, or its directory is damaged.
+        """
+        self.root = str(root)
+        try:
+            with root.open("rb") as file, zipfile.ZipFile(file) as archive:
+                self.archive = archive
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"--images {root} is not a readable zip file ({error}); give a folder or a zip") from None
+
+    def find(self, path: str) -> ImageEntry | None:
+        """Returns the entry of a member of this exact name."""
+        try:
+            info = self.archive.getinfo(path)
+        except KeyError:
+            return None
+        if info.is_dir():
+            return None
+        method = -1 if info.flag_bits & 1 else info.compress_type  # -1: encrypted
+        slot = ZipSlot(info.header_offset, info.compress_size, method, info.CRC)
+        return ImageEntry(path, self.root, info.file_size, 0, slot)
+
+
+class ImageRoots:
+    """Several roots, asked in the order they were given; one with a name answers for paths that begin with it."""
+
+    def __init__(self, roots: Sequence[tuple[str, FolderImages | StoreImages | ZipImages]]):
+        self.roots = roots
+
+    def find(self, path: str) -> ImageEntry | None:
+        """Returns the entry of an image by the path in its row, under another extension if there is no such file."""
+        for candidate in _spellings(posixpath.normpath(path)):
+            for name, root in self.roots:
+                if not candidate.startswith(name):
+                    continue
+                if entry := root.find(candidate[len(name) :]):
+                    other = None if candidate == posixpath.normpath(path) else candidate
+                    return entry._replace(path=path, found_as=other)
+        return None
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """Yields the path itself, and then with each extension that images have."""
+    yield path
+    stem, _ = posixpath.splitext(path)
+    for extension in EXTENSIONS:
+        for spelled in (extension, extension.upper()):
+            if f"{stem}.{spelled}" != path:
+                yield f"{stem}.{spelled}"
+
+
+def open_images(places: Sequence[str]) -> ImageRoots:
+    """Returns the images of one or several roots, each a folder, a zip or a URL, with or without `name=` before it.
+
+    Raises:
+        ValueError: A root is none of these.
+        UsageError: There is no root.
+    """
+    if not places:
+        raise UsageError("--images is missing; give a folder, a zip or a URL")
+    roots = []
+    for place in places:
+        named = NAMED_ROOT.fullmatch(place)
+        name, location = (f"{named[1]}/", named[2]) if named else ("", place)
+        roots.append((name, _open_root(open_place(location))))
+    return ImageRoots(roots)
+
+
+def _open_root(root: Place) -> FolderImages | StoreImages | ZipImages:
+    if root.is_file():
+        return ZipImages(root)
+    if not isinstance(root, Path):
+        return StoreImages(root)
+    if root.is_dir():
+        return FolderImages(root)
+    raise ValueError(f"--images {root} is not there; give a folder or a zip")
+
+
+def read_image(entry: ImageEntry) -> bytes:
+    """Returns the bytes of an image as they are in its source.
+
+    Raises:
+        Refused: The zip member is damaged, encrypted or compressed in an unusual way.
+        OSError, ValueError: The file is gone or has changed since it was found.
+    """
+    data = read_range(entry.file) if entry.slot is None else _read_member(entry, entry.slot)
+    if len(data) != entry.num_bytes:
+        raise ValueError(f"{entry.file} changed while it was being sharded; run again with a new --out")
+    return data
+
+
+def _read_member(entry: ImageEntry, slot: ZipSlot) -> bytes:
+    """Source: PKWARE APPNOTE 4.3.7, the local file header: 30 bytes, then name and extra field, then the data."""
+    name_bytes = len((entry.found_as or entry.path).encode())
+    guess = LOCAL_HEADER_BYTES + name_bytes + SLACK_BYTES + slot.num_stored_bytes
+    block = read_range(entry.file, slot.header_offset, guess)
+    if len(block) < LOCAL_HEADER_BYTES or not block.startswith(b"PK\3\4"):
+        raise Refused("zip_member", "zip member has no header where the zip's directory says", entry.path)
+    start = LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", block[26:LOCAL_HEADER_BYTES]))
+    stored = block[start : start + slot.num_stored_bytes]
+    if len(stored) < slot.num_stored_bytes:
+        stored = read_range(entry.file, slot.header_offset + start, slot.num_stored_bytes)
+    try:
+        if slot.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            kind = "encrypted" if slot.method < 0 else f"compressed by method {slot.method}"
+            raise Refused("zip_member", f"zip member is {kind}; use stored or deflated members", entry.path)
+        data = stored if slot.method == zipfile.ZIP_STORED else _inflate(stored, entry.num_bytes)
+    except zlib.error as error:
+        raise Refused("zip_member", f"zip member is damaged: {error}", entry.path) from None
+    if len(data) != entry.num_bytes or zlib.crc32(data) != slot.crc:
+        raise Refused("zip_member", "zip member is damaged: its checksum differs", entry.path)
+    return data
+
+
+def _inflate(stored: bytes, num_bytes: int) -> bytes:
+    """Returns at most one byte more than the zip's directory promises, whatever the member would swell to."""
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, num_bytes + 1)

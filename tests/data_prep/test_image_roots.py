@@ -1,0 +1,88 @@
+"""Images are found and read alike in folders and zips, under one root or several."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep.image_check import check_image
+from data_prep.image_roots import open_images, read_image
+from data_prep.records import Refused
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_zip_members_are_read_in_place_like_files(tmp_path: Path) -> None:
+    contents = {"a.png": encoded("PNG"), "deep/caf\u00e9.bmp": encoded("BMP"), "empty.jpg": b""}
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for number, (name, data) in enumerate(contents.items()):
+            (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "folder" / name).write_bytes(data)
+            info = zipfile.ZipInfo(name)
+            info.extra = b"\x99\x99\4\0abcd"  # the header is longer than its name
+            zipped.writestr(info, data, [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED][number % 2])
+    folder, zipped = open_images([str(tmp_path / "folder")]), open_images([str(archive)])
+    for name, data in contents.items():
+        for images in (folder, zipped):
+            entry = images.find(f"./{name}")
+            assert entry and entry.num_bytes == len(data) and read_image(entry) == data
+    for images in (folder, zipped):
+        assert images.find("b.png") is None and images.find("deep") is None and images.find("a.png/x") is None
+        assert images.find("x" * 5000) is None
+
+
+def test_damage_inside_a_zip_refuses_the_image_alone(tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("stored.bmp", encoded("BMP"), zipfile.ZIP_STORED)
+        zipped.writestr("deflated.bmp", encoded("BMP"), zipfile.ZIP_DEFLATED)
+        zipped.writestr("lzma.bmp", encoded("BMP"), zipfile.ZIP_LZMA)
+        zipped.writestr("whole.bmp", encoded("BMP"))
+    data = bytearray(archive.read_bytes())
+    images = open_images([str(archive)])
+    entries = {name: images.find(f"{name}.bmp") for name in ("stored", "deflated", "lzma", "whole")}
+    for name in ("stored", "deflated"):
+        entry = entries[name]
+        assert entry and entry.slot
+        data[entry.slot.header_offset + 500] ^= 1
+    archive.write_bytes(data)
+    reasons = {}
+    for name, entry in entries.items():
+        assert entry
+        try:
+            reasons[name] = check_image(read_image(entry), name).format
+        except Refused as refused:
+            reasons[name] = f"{refused.kind} {refused.file}: {refused}"
+    assert reasons["stored"] == "zip_member stored.bmp: zip member is damaged: its checksum differs"
+    assert reasons["deflated"].startswith("zip_member deflated.bmp: zip member is damaged")
+    assert (
+        reasons["lzma"] == "zip_member lzma.bmp: zip member is compressed by method 14; use stored or deflated members"
+    )
+    assert reasons["whole"] == "BMP"
+
+
+def test_a_file_that_changed_since_it_was_found_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    entry = open_images([str(tmp_path)]).find("a.png")
+    assert entry
+    (tmp_path / "a.png").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"a\.png changed while it was being sharded"):
+        read_image(entry)
+
+
+def test_neither_folder_nor_zip(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="is not a readable zip file"):
+        open_images([str(tmp_path / "a.txt")])
+    with pytest.raises(ValueError, match="is not there"):
+        open_images([str(tmp_path / "none")])
+    (tmp_path / "cut.zip").write_bytes(b"PK\5\6" + b"\xff" * 18)
+    with pytest.raises(ValueError, match=r"cut\.zip is not a"):
+        open_images([str(tmp_path / "cut.zip")])
