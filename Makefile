@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint shards import-hf tiny-base train submit export evaluate chat test-hf clean
+.PHONY: help setup demo test lint shards import-hf tiny-base train submit export evaluate chat test-hf test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -96,5 +96,12 @@ test-hf: setup ## exported folders load, answer and save on transformers 4.57 an
 	    -p no:cacheprovider -c /dev/null --rootdir=. check_folder.py) || exit 1; \
 	done
 
-clean: ## remove caches and the environments of test-hf; runs and .venv stay
+test-energon: setup ## megatron-energon prepares and reads the shards, in an environment of its own
+	@test -x .envs/energon/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/energon
+	@$(PYTHON) -m uv pip install -q --python .envs/energon -r tests/energon_compat/requirements.txt
+	rm -rf .envs/energon_compat
+	$(PYTHON) -m tests.energon_compat.make_shards .envs/energon_compat
+	.envs/energon/bin/python tests/energon_compat/read_shards.py .envs/energon_compat/shards
+
+clean: ## remove caches and the environments of test-hf and test-energon; runs and .venv stay
 	rm -rf .pytest_cache .ruff_cache .envs

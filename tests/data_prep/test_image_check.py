@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageChops, ImageStat, features
 
-from data_prep.image_check import FORMATS, check_image
+from data_prep.image_check import FORMATS, check_image, shrink_image
 from data_prep.records import Refused
 
 
@@ -70,3 +70,46 @@ def test_awkward_images_are_taken_or_refused_as_pillow_says(realdata: Path) -> N
         }
         kind, reason = next(value for words, value in expected.items() if words in fact["error"])
         assert raised.value.kind == kind and reason in str(raised.value), fact["file"]
+
+
+def test_the_header_alone_tells_what_it_is_and_lets_damage_pass() -> None:
+    data = encoded("JPEG")
+    assert check_image(data[: len(data) * 2 // 3], "a", decode=False) == ("JPEG", 40, 30)
+    for broken in (b"<html>", encoded("PNG", (14000, 13000), "1")):
+        with pytest.raises(Refused):
+            check_image(broken, "a", decode=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "kept_as", "kept_mode"),
+    [
+        ("JPEG", "RGB", "JPEG", "RGB"),
+        ("JPEG", "L", "JPEG", "L"),
+        ("JPEG", "CMYK", "JPEG", "RGB"),
+        ("WEBP", "RGBA", "PNG", "RGBA"),
+        ("PNG", "RGB", "PNG", "RGB"),
+        ("PNG", "LA", "PNG", "RGBA"),
+        ("GIF", "P", "PNG", "RGB"),
+    ],
+)
+def test_a_large_image_shrinks_to_the_longest_side(kind: str, mode: str, kept_as: str, kept_mode: str) -> None:
+    source = Image.linear_gradient("L").resize((200, 101)).convert("RGB").convert(mode)
+    if "A" in mode:
+        source.putalpha(Image.linear_gradient("L").resize((200, 101)))
+    buffer = io.BytesIO()
+    source.save(buffer, kind)
+    data, info, before = shrink_image(buffer.getvalue(), "a", 50)
+    assert (info, before) == ((kept_as, 50, 25), (kind, 200, 101))
+    with Image.open(io.BytesIO(data)) as small:
+        assert (small.format, small.size, small.mode) == (kept_as, (50, 25), kept_mode)
+        expected = source.convert(kept_mode).resize((50, 25), Image.Resampling.BICUBIC)
+        errors = ImageStat.Stat(ImageChops.difference(small, expected)).mean
+        assert max(errors) < (0.01 if kind in ("PNG", "GIF") else 3)
+
+
+def test_a_small_or_deep_image_is_kept_byte_for_byte() -> None:
+    small, deep = encoded("PNG"), encoded("PNG", (90, 60), "I;16")
+    assert shrink_image(small, "a", 40) == (small, ("PNG", 40, 30), ("PNG", 40, 30))
+    assert shrink_image(deep, "a", 40)[0] == deep
+    with pytest.raises(Refused):
+        shrink_image(small[:200], "a", 40)

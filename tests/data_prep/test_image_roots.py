@@ -86,3 +86,50 @@ def test_neither_folder_nor_zip(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\5\6" + b"\xff" * 18)
     with pytest.raises(ValueError, match=r"cut\.zip is not a"):
         open_images([str(tmp_path / "cut.zip")])
+
+
+def test_several_roots_are_asked_in_order_and_names_are_prefixes(tmp_path: Path) -> None:
+    for name in ("plain/coco/1.jpg", "coco/1.jpg", "second/2.jpg", "second/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    with zipfile.ZipFile(tmp_path / "vg.zip", "w") as zipped:
+        zipped.writestr("VG/3.jpg", b"zipped")
+    places = ["coco=coco", "coco=second", "vg/deep=vg.zip", "./plain"]
+    images = open_images([place.replace("=", f"={tmp_path}/").replace("./", f"{tmp_path}/") for place in places])
+
+    def content(path: str) -> bytes | None:
+        entry = images.find(path)
+        assert entry is None or (entry.path, entry.found_as) == (path, None)
+        return entry and read_image(entry)
+
+    assert content("coco/1.jpg") == b"coco/1.jpg"  # not second/1.jpg, not plain/coco/1.jpg
+    assert content("./coco//2.jpg") == b"second/2.jpg"
+    assert content("vg/deep/VG/3.jpg") == b"zipped"
+    assert [content(path) for path in ("1.jpg", "vg/VG/3.jpg", "cocoa/1.jpg", "coco")] == [None] * 4
+    assert open_images([f"{tmp_path}/plain"]).find("coco/1.jpg")
+
+
+def test_an_image_is_found_under_another_extension_and_that_is_told(tmp_path: Path) -> None:
+    for name in ("ocr/1.gif", "ocr/2.PNG", "ocr/3.png", "ocr/3.jpg", "ocr/4.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    images = open_images([f"ocr={tmp_path}/ocr"])
+    found = {}
+    for number in range(1, 5):
+        entry = images.find(f"ocr/{number}.jpg")
+        found[number] = entry and (entry.path, entry.found_as, read_image(entry))
+    assert found == {
+        1: ("ocr/1.jpg", "ocr/1.gif", b"ocr/1.gif"),
+        2: ("ocr/2.jpg", "ocr/2.PNG", b"ocr/2.PNG"),
+        3: ("ocr/3.jpg", None, b"ocr/3.jpg"),
+        4: None,
+    }
+
+
+def test_a_member_whose_extra_field_is_long_is_read_in_full(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        info = zipfile.ZipInfo("a.bin")
+        info.extra = b"\x99\x99" + (4000).to_bytes(2, "little") + bytes(4000)
+        zipped.writestr(info, b"content" * 100)
+    entry = open_images([str(tmp_path / "a.zip")]).find("a.bin")
+    assert entry and read_image(entry) == b"content" * 100

@@ -4,6 +4,7 @@ from array import array
 
 import pytest
 
+from data_prep.console import UsageError
 from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
 from data_prep.plan import (
@@ -83,6 +84,38 @@ def test_scan_tells_changed_images_but_not_another_spelling_of_the_json() -> Non
     touched = scan_rows(rows, (files | {"1.jpg": files["1.jpg"]._replace(version=8)}).get)
     assert len({base.images_sha256, larger.images_sha256, found.images_sha256}) == 3
     assert touched.images_sha256 == base.images_sha256 and touched.modified_sha256 != base.modified_sha256
+
+
+def test_duplicates_are_refused_on_request_whatever_their_ids() -> None:
+    rows, files = rows_and_files()
+    again = [Row(9, 9000, 90, rows[1].value | {"id": "other", "score": 2}), Row(10, 9100, 90, rows[0].value)]
+    other = Row(
+        11,
+        9200,
+        90,
+        rows[3].value | {"conversations": [{"from": "human", "value": "<image> "}, {"from": "gpt", "value": "no"}]},
+    )
+    kept = scan_rows([*rows, *again, other], files.get, deduplicate=True)
+    assert list(kept.indices) == [0, 1, 3, 11]
+    assert [(reject.index, reject.reason) for reject in kept.rejects if reject.kind == "duplicate"] == [
+        (9, "the same images and conversations as the row at index 1"),
+        (10, "the same images and conversations as the row at index 0"),
+    ]
+    assert len(scan_rows([*rows, *again, other], files.get).indices) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"check": "none"}, "--check none is unknown"),
+        ({"resize_longest": 0}, "--resize-longest 0"),
+        ({"resize_longest": 9, "check": "header"}, "leave --check at decode"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        Settings(**settings)
 
 
 def test_keys_sort_as_they_count_and_hold_no_dot() -> None:

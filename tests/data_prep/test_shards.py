@@ -1,5 +1,6 @@
 """Sharding end to end on a real Ray: same bytes from every road, nothing lost, and honest exits."""
 
+import io
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,57 @@ def test_bad_rows_are_counted_named_and_limited(dataset, tmp_path: Path) -> None
     assert manifest["num_rows"] == manifest["num_samples"] + manifest["num_rejected"] == 37
 
 
+def test_a_dry_run_checks_everything_but_pixels_and_writes_nothing(dataset, tmp_path: Path) -> None:
+    status, said = run_cli(*cli_arguments(dataset, tmp_path / "out"), "--dry-run")
+    assert status == 0 and "30 rows: 30 to write and 0 refused so far" in said and "nothing was written" in said
+    dataset.data.write_text(json.dumps([*dataset.rows, {"id": "a"}]))
+    status, said = run_cli(*cli_arguments(dataset, tmp_path / "out"), "--dry-run")
+    assert status == 1 and "1 of 31 rows of rows.json refused" in said and "refused because" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_roots_lying_extensions_and_duplicates(dataset, tmp_path: Path) -> None:
+    (dataset.images / "deep").rename(tmp_path / "elsewhere")
+    (dataset.images / "2.jpg").rename(dataset.images / "2.gif")
+    dataset.data.write_text(json.dumps([*dataset.rows, dataset.rows[0] | {"id": "again"}]))
+    arguments = cli_arguments(dataset, tmp_path / "out")
+    more = ["--images", f"deep={tmp_path / 'elsewhere'}", "--deduplicate", "--max-bad-fraction", 0]
+    status, said = run_cli(*arguments, *more)
+    assert status == 0 and "31 rows = 27 samples + 4 refused" in said  # duplicates are not bad
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_other_extensions"] == 1
+    assert manifest["sources"]["images"]["names"] == ["images", "elsewhere"]
+    samples = WebDataset([str(path) for path in sorted((tmp_path / "out").glob("*.tar"))], shardshuffle=False)
+    images = [image for sample in samples for image in json.loads(sample["json"])["images"]]
+    assert [(i["path"], i["member"]) for i in images if i.get("found_as") == "2.gif"] == [("2.jpg", "gif")]
+    assert sum("found_as" in image for image in images) == 1
+
+
+def test_large_images_are_shrunk_on_request_and_the_record_tells(dataset, tmp_path: Path) -> None:
+    settings = replace(SMALL, resize_longest=24)
+    manifest = make_shards(dataset.data, dataset.images, tmp_path / "out", settings)
+    assert manifest["settings"]["resize_longest"] == 24
+    samples = WebDataset([str(path) for path in sorted((tmp_path / "out").glob("*.tar"))], shardshuffle=False)
+    sizes = {}
+    for sample in samples:
+        for info in json.loads(sample["json"])["images"]:
+            with Image.open(io.BytesIO(sample[info["member"]])) as image:
+                assert (image.format, image.size) == (info["format"], (info["width"], info["height"]))
+            sizes[info["path"]] = (info.get("source_width"), *image.size)
+    assert sizes["0.png"] == (None, 16, 20) and sizes["deep/22.jpg"] == (38, 24, 13)
+    with pytest.raises(ValueError, match="resize-longest was 24, is None"):
+        make_shards(dataset.data, dataset.images, tmp_path / "out", SMALL)
+
+
+def test_headers_alone_let_damaged_pixels_pass(dataset, tmp_path: Path) -> None:
+    image = dataset.images / "0.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(ValueError, match="refused, more than"):
+        make_shards(dataset.data, dataset.images, tmp_path / "out", SMALL)
+    manifest = make_shards(dataset.data, dataset.images, tmp_path / "new", replace(SMALL, check="header"))
+    assert manifest["num_samples"] == 30
+
+
 def test_nothing_left_is_an_error(dataset, tmp_path: Path) -> None:
     dataset.data.write_text('[{"id": "a"}]')
     status, said = run_cli(*cli_arguments(dataset, tmp_path / "out"), "--max-bad-fraction", 1)
@@ -241,6 +294,8 @@ def test_nothing_left_is_an_error(dataset, tmp_path: Path) -> None:
         (2, ["--sead", "1"], "No such option"),
         (1, ["--data", "/no/such.json"], "/no/such.json: No such file or directory"),
         (1, ["--images", "/no/such"], "--images /no/such is not there; give a folder or a zip"),
+        (1, ["--data", "s3x://a/b.json"], "s3x://a/b.json cannot be reached"),
+        (2, ["--check", "some"], "--check some is unknown; use decode or header"),
         (1, ["--out", "/dev/null"], "/dev/null"),
     ],
 )
