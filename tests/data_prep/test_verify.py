@@ -1,0 +1,482 @@
+"""Whatever is damaged in a shard directory is named exactly, and what the message advises repairs it."""
+
+import errno
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+from webdataset.compat import WebDataset
+
+from data_prep import verify, verify_shard
+from data_prep.console import command
+from data_prep.plan import Settings
+from data_prep.shards import make_shards
+from data_prep.tar_writer import END_OF_ARCHIVE
+from data_prep.verify import main, verify_shards
+from data_prep.verify_shard import MAX_NAMED, Problem, VerifyTask, shorten
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+DAMAGED = "bytes differ from the checksum"
+
+
+class Shards:
+    """A finished directory: 32 samples, one row refused before it was planned, one alone in a shard of its own.
+
+    Of the shard `tar`, the second sample is the one to damage: `at` is where it begins, `image_at` where the header of
+    its image does, and `end` where it ends.
+    """
+
+    def __init__(self, dataset, out: Path) -> None:
+        self.dataset, self.out = dataset, out
+        turns = dataset.rows[0]["conversations"]
+        for i in (30, 31):
+            Image.effect_noise((90, 90), 60).save(dataset.images / f"{i}.png")
+        (dataset.images / "noise.png").write_bytes(bytes(20_000))  # more than a shard takes
+        more = {"noise": "noise.png", "gone": "gone.png", "r30": "30.png", "r31": "31.png"}
+        rows = [*dataset.rows, *({"id": name, "image": path, "conversations": turns} for name, path in more.items())]
+        dataset.data.write_text(json.dumps(rows))
+        self.make()
+        listed = json.loads((out / "manifest.json").read_text())["shards"]
+        (self.refused,) = (out / shard["tar"] for shard in listed if not shard["num_samples"])
+        self.tar = next(out / shard["tar"] for shard in listed if shard["num_samples"] > 4)
+        sidecar = json.loads(self.tar.with_suffix(".json").read_text())
+        self.keys, self.offsets, self.num_bytes = sidecar["keys"], sidecar["offsets"], sidecar["bytes"]
+        self.at, self.end = sidecar["offsets"][1:3]
+        blocks = self.tar.read_bytes()[self.at : self.end]
+        record = blocks[512:].split(b"\0")[0]
+        self.image_at = self.at + 512 + len(record) + -len(record) % 512
+        self.source = "record {id}, index {source_index}".format_map(json.loads(record))
+
+    def make(self) -> None:
+        make_shards(
+            self.dataset.data, self.dataset.images, self.out, Settings(shard_bytes=12_000), max_bad_fraction=0.1
+        )
+
+    def sample(self, number: int) -> str:
+        return f"{self.tar.name}: sample {self.keys[number]}"
+
+
+@pytest.fixture
+def shards(dataset, tmp_path: Path) -> Shards:
+    return Shards(dataset, tmp_path / "out")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def edit(path: Path, change: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+def flip(path: Path, place: int) -> None:
+    edit(path, lambda data: data.__setitem__(place, data[place] ^ 1))
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+def problems(out: Path, capsys: pytest.CaptureFixture) -> tuple[list[str], str]:
+    """Returns the lines about problems, sorted, and the closing error."""
+    capsys.readouterr()
+    with pytest.raises(ValueError) as raised:
+        verify_shards(out)
+    lines = capsys.readouterr().err.splitlines()
+    return sorted(line for line in lines if re.match(r"[\w.-]+: ", line)), str(raised.value)
+
+
+def check_advice(shards: Shards, before: dict[str, bytes], lines: list[str]) -> None:
+    """Does what the error says, literally: afterwards everything is as it was, and whole shards were not written."""
+    named = {name for line in lines for name in re.findall(r"[\w.-]+\.(?:tar|jsonl|json|part)\b", line)}
+    times = {path.name: path.stat().st_mtime_ns for path in shards.out.glob("shard-*")}
+    for name in named:
+        (shards.out / name).unlink(missing_ok=True)
+    shards.make()
+    assert contents(shards.out) == before
+    stems = {Path(name).stem for name in named}
+    for path in shards.out.glob("shard-*"):
+        assert path.stem in stems or path.stat().st_mtime_ns == times[path.name]
+    assert verify_shards(shards.out)["num_samples"] == 32
+
+
+def test_a_whole_directory_passes_with_what_other_tools_keep_there(shards: Shards, capsys) -> None:
+    (shards.out / ".nv-meta").mkdir()
+    for name in (".nv-meta/index.sqlite", f"{shards.tar.name}.idx", ".lock", "report.html", "notes.json"):
+        (shards.out / name).touch()
+    manifest = verify_shards(shards.out)
+    assert manifest == json.loads((shards.out / "manifest.json").read_text()) and manifest["num_rejected"] == 2
+    said = f"32 samples in {manifest['num_shards']} shards, every byte as it was written"
+    assert said in capsys.readouterr().err.splitlines()
+
+
+# The place of a flipped byte in the tar, and whether the record can still be read.
+FLIPS = {
+    "image": (lambda shards: shards.image_at + 520, True),
+    "header of the image": (lambda shards: shards.image_at, True),
+    "header of the record": (lambda shards: shards.at + 130, True),
+    "padding": (lambda shards: shards.end - 1, True),
+    "record": (lambda shards: shards.at + 512, False),
+}
+
+
+@pytest.mark.parametrize("where", FLIPS)
+def test_a_flipped_byte_names_its_sample(shards: Shards, capsys, where: str) -> None:
+    before, (place, can_be_read) = contents(shards.out), FLIPS[where]
+    assert before[shards.tar.name][shards.end - 1] == 0  # there is padding
+    flip(shards.tar, place(shards))
+    lines, error = problems(shards.out, capsys)
+    source = f" ({shards.source})" if can_be_read else ""
+    assert lines == [f"{shards.sample(1)}{source}: {DAMAGED}"]
+    num_shards = json.loads(before["manifest.json"])["num_shards"]
+    assert error == (
+        f"{shards.out}: 1 problem, 1 of {num_shards} shards damaged; "
+        "delete the files named above and run the same `make shards` again: it writes these alone"
+    )
+    check_advice(shards, before, lines)
+
+
+def cut_in_a_sample(shards: Shards) -> list[str]:
+    """Between the record and the image: where tar readers see an end and no error."""
+    cut(shards.tar, shards.image_at)
+    size = shards.end - shards.at
+    return [
+        f"{shards.sample(1)} ({shards.source}): cut short: {shards.image_at - shards.at:,} of {size:,} bytes",
+        f"{shards.tar.name}: samples {shards.keys[2]} to {shards.keys[-1]}: missing, "
+        f"the tar ends at byte {shards.image_at:,} of {shards.num_bytes:,}",
+    ]
+
+
+def cut_at_the_last_sample(shards: Shards) -> list[str]:
+    cut(shards.tar, shards.offsets[-1])
+    ends = f"the tar ends at byte {shards.offsets[-1]:,} of {shards.num_bytes:,}"
+    return [f"{shards.sample(-1)}: missing, {ends}"]
+
+
+def zeroed_header(shards: Shards) -> list[str]:
+    edit(shards.tar, lambda data: data.__setitem__(slice(shards.at, shards.at + 512), bytes(512)))
+    return [f"{shards.sample(1)} ({shards.source}): {DAMAGED}"]
+
+
+def flipped_end(shards: Shards) -> list[str]:
+    flip(shards.tar, -600)
+    return [f"{shards.tar.name}: the end-of-archive blocks are not zero; no sample is touched"]
+
+
+def cut_end(shards: Shards) -> list[str]:
+    cut(shards.tar, -1024)
+    return [f"{shards.tar.name}: the end-of-archive blocks are cut short: 0 of 1,024 bytes; no sample is touched"]
+
+
+def trailing_bytes(shards: Shards) -> list[str]:
+    edit(shards.tar, lambda data: data.extend(bytes(1500)))
+    return [f"{shards.tar.name}: 1,500 bytes follow the end of the archive; no sample is touched"]
+
+
+def same_checksum(shards: Shards) -> list[str]:
+    """Adding the generator of CRC-32 changes 5 bytes and no CRC-32."""
+    generator = int(f"{0x104C11DB7:033b}"[::-1], 2).to_bytes(5, "little")
+    before = zlib.crc32(shards.tar.read_bytes())
+    for i, byte in enumerate(generator):
+        edit(shards.tar, lambda data, i=i, byte=byte: data.__setitem__(600 + i, data[600 + i] ^ byte))
+    assert zlib.crc32(shards.tar.read_bytes()) == before
+    return [f"{shards.tar.name}: bytes differ from its SHA-256, though every sample has its CRC-32"]
+
+
+def missing_tar(shards: Shards) -> list[str]:
+    shards.tar.unlink()
+    return [f"{shards.tar.name}: is missing"]
+
+
+def missing_sidecar(shards: Shards) -> list[str]:
+    shards.tar.with_suffix(".json").unlink()
+    return [f"{shards.tar.stem}.json: is missing; the tar is whole"]
+
+
+def cut_sidecar(shards: Shards) -> list[str]:
+    cut(shards.tar.with_suffix(".json"), -10)
+    return [f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in index.json; the tar is whole"]
+
+
+def flipped_sidecar_and_tar(shards: Shards) -> list[str]:
+    flip(shards.tar, shards.at)
+    flip(shards.tar.with_suffix(".json"), 200)
+    return [
+        f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in index.json",
+        f"{shards.tar.name}: bytes differ from the SHA-256 in manifest.json; no sidecar says in which samples",
+    ]
+
+
+def missing_shard_of_refused_rows(shards: Shards) -> list[str]:
+    shards.refused.unlink()
+    shards.refused.with_suffix(".json").unlink()
+    return [f"{shards.refused.stem}.json: is missing", f"{shards.refused.name}: is missing"]
+
+
+def flipped_tar_of_refused_rows(shards: Shards) -> list[str]:
+    flip(shards.refused, 0)
+    return [f"{shards.refused.name}: the end-of-archive blocks are not zero; no sample is touched"]
+
+
+def flipped_name_in_the_sidecar_of_refused_rows(shards: Shards) -> list[str]:
+    replace(shards.refused.with_suffix(".json"), "crc32", "crc33")
+    return [f"{shards.refused.stem}.json: it is not that of a shard with 1 refused rows alone; the tar is whole"]
+
+
+def flipped_text_in_the_sidecar_of_refused_rows(shards: Shards) -> list[str]:
+    """No checksum knows it, but rejects.jsonl says the same."""
+    replace(shards.refused.with_suffix(".json"), '"id":"noise"', '"id":"nohse"')
+    return [f"rejects.jsonl: does not agree with {shards.refused.stem}.json on record nohse (index 30)"]
+
+
+def extra_files(shards: Shards) -> list[str]:
+    for name in ("shard-000000.tar.0123456789ab.part", "shard-000999.tar", "shard-000999.json", "old.tar"):
+        (shards.out / name).write_bytes(END_OF_ARCHIVE)
+    strange = "does not belong here, manifest.json does not list it"
+    return [
+        f"old.tar: {strange}",
+        "shard-000000.tar.0123456789ab.part: was left by a run that was stopped",
+        f"shard-000999.json: {strange}",
+        f"shard-000999.tar: {strange}",
+    ]
+
+
+def edited_count(shards: Shards) -> list[str]:
+    replace(shards.out / "manifest.json", '"num_samples": 32', '"num_samples": 33')
+    return ["manifest.json: num_samples is 33, the shards give 32"]
+
+
+def edited_images_of_a_shard(shards: Shards) -> list[str]:
+    manifest = json.loads((shards.out / "manifest.json").read_text())
+    (entry,) = (shard for shard in manifest["shards"] if shard["tar"] == shards.tar.name)
+    was = entry["num_images"]
+    entry["num_images"] = was + 1
+    (shards.out / "manifest.json").write_text(json.dumps(manifest))
+    return [f"manifest.json: shards {shards.tar.name} num_images is {was + 1}, the shards give {was}"]
+
+
+def edited_fingerprint(shards: Shards) -> list[str]:
+    was = json.loads((shards.out / "manifest.json").read_text())["fingerprint"]
+    replace(shards.out / "manifest.json", was, was[::-1])
+    return [f"manifest.json: fingerprint is {was[::-1]}, the shards give {was}"]
+
+
+def edited_index(shards: Shards) -> list[str]:
+    index = json.loads((shards.out / "index.json").read_text())
+    name, was = index["shards"][0]["raw_data"]["basename"], index["shards"][0]["samples"]
+    replace(shards.out / "index.json", f'"samples":{was}', '"samples":700')
+    return [f"index.json: shards {name} samples is 700, the shards give {was}"]
+
+
+def lost_reject(shards: Shards) -> list[str]:
+    path = shards.out / "rejects.jsonl"
+    (line,) = (line for line in path.read_text().splitlines() if '"gone"' in line)  # refused before it was planned
+    path.write_text(line + "\n")
+    return [
+        f"rejects.jsonl: does not agree with {shards.refused.stem}.json on record noise (index 30)",
+        "rejects.jsonl: holds 1 rows, manifest.json counts 2",
+    ]
+
+
+def cut_rejects(shards: Shards) -> list[str]:
+    cut(shards.out / "rejects.jsonl", -1)
+    return ["rejects.jsonl: holds 1 rows, manifest.json counts 2"]
+
+
+def missing_rejects(shards: Shards) -> list[str]:
+    (shards.out / "rejects.jsonl").unlink()
+    return ["rejects.jsonl: is missing"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_in_a_sample,
+        cut_at_the_last_sample,
+        zeroed_header,
+        flipped_end,
+        cut_end,
+        trailing_bytes,
+        same_checksum,
+        missing_tar,
+        missing_sidecar,
+        cut_sidecar,
+        flipped_sidecar_and_tar,
+        missing_shard_of_refused_rows,
+        flipped_tar_of_refused_rows,
+        flipped_name_in_the_sidecar_of_refused_rows,
+        flipped_text_in_the_sidecar_of_refused_rows,
+        extra_files,
+        edited_count,
+        edited_images_of_a_shard,
+        edited_fingerprint,
+        edited_index,
+        lost_reject,
+        cut_rejects,
+        missing_rejects,
+    ],
+)
+def test_damage_is_named_and_the_advice_repairs_it(shards: Shards, capsys, damage: Callable) -> None:
+    before = contents(shards.out)
+    expected = damage(shards)
+    lines, _ = problems(shards.out, capsys)
+    assert lines == sorted(expected)
+    check_advice(shards, before, lines)
+
+
+def test_every_byte_of_the_shards_is_covered(shards: Shards) -> None:
+    """One bit of each byte of a sidecar, and of every 13th of its tar, is flipped in turn."""
+    files = [(shards.tar, 13), (shards.tar.with_suffix(".json"), 1)]
+    manifest, index = (json.loads((shards.out / name).read_text()) for name in ("manifest.json", "index.json"))
+    in_index = {shard["raw_data"]["basename"]: shard for shard in index["shards"]}
+    (entry,) = (shard for shard in manifest["shards"] if shard["tar"] == shards.tar.name)
+    task = verify.build_task(shards.out, entry, in_index[shards.tar.name])
+    assert verify_shard.verify_shard(task).problems == []
+    for path, step in files:
+        whole = path.read_bytes()
+        for place in range(0, len(whole), step):
+            flip(path, place)
+            assert verify_shard.verify_shard(task).problems, f"{path.name} byte {place}"
+            path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("how", ["cut", "zeroed"])
+def test_webdataset_reads_a_cut_tar_without_an_error(realdata: Path, tmp_path: Path, capsys, how: str) -> None:
+    """500 samples, of which a plain reader sees 250 and takes them for all; the index tells the others."""
+    folder, rows, out = realdata / "easy_vqa", tmp_path / "rows.json", tmp_path / "out"
+    rows.write_text(json.dumps(json.loads((folder / "llava_train.json").read_text())[:500]))
+    make_shards(rows, folder, out, Settings())
+    tar = out / "shard-000000.tar"
+    half = json.loads((out / "shard-000000.json").read_text())["offsets"][250]
+    if how == "cut":
+        cut(tar, half)
+        said = "shard-000000.tar: samples 000000250 to 000000499: missing, the tar ends at byte"
+    else:
+        edit(tar, lambda data: data.__setitem__(slice(half, half + 512), bytes(512)))
+        said = "shard-000000.tar: sample 000000250 (record "
+    assert len(list(WebDataset([str(tar)], shardshuffle=False))) == 250
+    (line,), error = problems(out, capsys)
+    assert line.startswith(said) and f"{250 if how == 'cut' else 1} problem" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("manifest.json", "is not finished, it has no manifest.json; run the same `make shards` again"),
+        ("index.json", "is not finished, it has no index.json; run the same `make shards` again"),
+        (
+            "plan.json",
+            "is not finished, it has no plan.json; a repair needs it; make the shards again in another folder",
+        ),
+    ],
+)
+def test_a_directory_without_its_listings_is_not_finished(shards: Shards, name: str, wrong: str) -> None:
+    before = contents(shards.out)
+    (shards.out / name).unlink()
+    with pytest.raises(ValueError) as raised:
+        verify_shards(shards.out)
+    assert str(raised.value) == f"{shards.out} {wrong}"
+    if name != "plan.json":
+        shards.make()
+        assert contents(shards.out) == before
+
+
+def test_damaged_listings_are_refused_and_made_again(shards: Shards) -> None:
+    before = contents(shards.out)
+    cut(shards.out / "index.json", -1)
+    with pytest.raises(ValueError, match=r"index\.json is damaged \(.*\); delete it and run the same `make shards`"):
+        verify_shards(shards.out)
+    (shards.out / "index.json").write_bytes(before["index.json"])
+    for old, new in ((f'"tar": "{shards.tar.name}"', '"tar": "shard-000998.tar"'), ('"settings"', '"setting"')):
+        replace(shards.out / "manifest.json", old, new)
+        with pytest.raises(
+            ValueError, match=r"manifest\.json or index\.json is damaged .*; delete both and run the same"
+        ):
+            verify_shards(shards.out)
+        for name in ("index.json", "manifest.json"):
+            (shards.out / name).unlink()
+        shards.make()
+        assert contents(shards.out) == before
+
+
+def test_thousands_of_problems_are_twenty_lines() -> None:
+    many = [Problem("a.tar", f"sample {i}: {DAMAGED}") for i in range(998)] + [Problem("a.tar", "cut", 250)]
+    short = shorten(many)
+    assert len(short) == MAX_NAMED == 20 and short[:19] == many[:19]
+    assert str(short[-1]) == "a.tar: and 1,229 more, the last: cut"
+    assert sum(problem.count for problem in short) == 998 + 250
+    assert shorten(many[:20]) == many[:20]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_bad_disk_is_damage_and_a_lost_one_is_an_error(tmp_path: Path, monkeypatch, code: int) -> None:
+    class Broken(io.BytesIO):
+        def read(self, *_) -> bytes:
+            raise OSError(code, "broken")
+
+    (tmp_path / "a.json").write_text('{"keys": [1], "sizes": [9], "checksums": [0], "bytes": 10}')
+    monkeypatch.setattr(verify_shard, "open_buffered", lambda _: Broken())
+    monkeypatch.setattr(verify_shard, "_read_sidecar", lambda task: ((tmp_path / "a.json").read_bytes(), ""))
+    monkeypatch.setattr(verify_shard, "read_summary", lambda *_, **__: None)
+    task = VerifyTask(tmp_path, "a.tar", "a.json", 10, "", "", 0)
+    if code == errno.EIO:
+        found = verify_shard.verify_shard(task).problems
+        assert found == [Problem("a.tar", "cannot be read: the disk reports an error")]
+    else:
+        with pytest.raises(OSError, match="broken"):
+            verify_shard.verify_shard(task)
+
+
+def test_a_shard_that_only_a_worker_misses_is_not_called_damaged(shards: Shards, monkeypatch) -> None:
+    shards.tar.unlink()
+    monkeypatch.setattr(verify, "file_sizes", lambda _: {shards.tar.name: 1})
+    with pytest.raises(ValueError, match=f"a worker does not see .*{shards.tar.name}; every machine must see"):
+        verify_shards(shards.out)
+
+
+def test_exit_status(shards: Shards, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command(main))
+
+    def run_cli(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return result.exit_code, result.stderr
+
+    status, said = run_cli(shards.out, "--workers", 1)
+    assert status == 0 and "every byte as it was written" in said
+    status, said = run_cli(shards.out, "--workers", 0)
+    assert status == 2 and "--workers 0 must be at least 1" in said
+    status, said = run_cli(tmp_path / "none")
+    assert status == 1 and "none is not finished, it has no manifest.json" in said
+    flip(shards.tar, shards.image_at)
+    status, said = run_cli(shards.out)
+    assert status == 1 and said.splitlines()[-1].startswith(f"error: {shards.out}: 1 problem, 1 of")
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "num_samples"),
+    [
+        ("easy_vqa/llava_train.json", "easy_vqa", 1000),
+        ("coco_photos/llava_instruct.json", "coco_photos/images", 39),
+        ("coco_photos/llava_pretrain.json", "coco_photos/images", 39),
+    ],
+)
+def test_real_data_passes(realdata: Path, tmp_path: Path, data: str, images: str, num_samples: int) -> None:
+    made = make_shards(realdata / data, realdata / images, tmp_path / "out", Settings(shard_bytes=400_000))
+    assert verify_shards(tmp_path / "out") == made
+    assert made["num_samples"] == num_samples and made["num_shards"] > 3
