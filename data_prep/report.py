@@ -1,0 +1,204 @@
+"""Look at the data: `python -m data_prep.report OUT` writes one HTML page about a finished shard directory.
+
+    count    one Ray task a shard: every record, no image but those to show     runner, report_shard, report_stats
+    show     counts, sources, lengths, sizes, refusals, random samples          report.html.jinja
+
+The page needs no other file and no network, and runs no script. Texts of a data set are hostile input: the template
+escapes all of them, and its Content-Security-Policy would stop what slipped through.
+"""
+
+import json
+import os
+import random
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+
+from data_prep.console import UsageError, run
+from data_prep.files import Place, open_file, open_place, read_whole, write_whole
+from data_prep.report_shard import Card, ReportTask, read_shard
+from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
+from data_prep.reporting import build_progress
+from data_prep.runner import ray_session, run_tasks
+
+HISTOGRAMS: tuple[tuple[str, str, str, float], ...] = (
+    ("answer_words", "Answers", "words in a gpt turn", 1),
+    ("question_words", "Questions", "words in a human turn", 1),
+    ("rounds", "Conversations", "rounds of question and answer", 1),
+    ("conversation_characters", "Text", "characters in a conversation", 1),
+    ("num_images", "Images per sample", "images", 1),
+    ("sample_kb", "Samples", "kB in the tar, images included", 1),
+    ("longest_side", "Longest side", "pixels of an image", 1),
+    ("shortest_side", "Shortest side", "pixels of an image", 1),
+    ("aspect_ratio", "Aspect ratio", "width / height of an image", 0.01),
+)
+"""Name of the statistic, title, what a value counts, and what all values are multiples of."""
+MAX_SOURCES = 40
+
+
+def main(
+    out: Annotated[str, typer.Argument(help="a finished shard directory: a folder or a URL")],
+    html: Annotated[Path | None, typer.Option(help="the page; default: report.html in OUT, here for a URL")] = None,
+    num_samples: Annotated[int, typer.Option(help="random samples to show")] = 48,
+    seed: Annotated[int, typer.Option(help="another seed, other samples")] = 0,
+    workers: Annotated[int | None, typer.Option(help="shards at a time; default: every CPU")] = None,
+) -> None:
+    """Write one HTML page that shows what is in a shard directory."""
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} must be at least 1")
+    if num_samples < 0:
+        raise UsageError(f"--num-samples {num_samples} must not be negative")
+    folder = open_place(out)
+    manifest = read_manifest(folder)
+    page = html or (folder if isinstance(folder, Path) else Path()) / "report.html"
+    if not os.access(page.parent, os.W_OK):
+        raise UsageError(f"{page.parent} is no folder to write to; name a file with --html")
+    write_report(folder, manifest, page, num_samples, seed, workers)
+
+
+def read_manifest(folder: Place) -> dict:
+    """Returns the manifest of a finished shard directory.
+
+    Raises:
+        ValueError: The directory is not finished.
+    """
+    try:
+        return json.loads(read_whole(folder / "manifest.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} holds no finished shards (no manifest.json); finish `make shards` first") from None
+
+
+def write_report(
+    folder: Place, manifest: dict, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
+) -> None:
+    """Writes the page about a finished shard directory: the same one whatever the number of workers."""
+    console = Console(stderr=True, soft_wrap=True)
+    tasks = build_tasks(folder, manifest["shards"], num_samples, seed)
+    stats, cards = read_shards(tasks, manifest["num_samples"], console, workers)
+    text = render(folder, manifest, stats, cards, count_rejects(folder))
+    write_whole(page, text.encode())
+    console.print(
+        f"{manifest['num_samples']:,} samples looked at, {len(cards):,} shown\n"
+        f"written to {page} ({size_text(page.stat().st_size)}); open it in a browser",
+        highlight=False,
+        markup=False,
+    )
+
+
+def build_tasks(folder: Place, shards: Sequence[dict], num_samples: int, seed: int) -> list[ReportTask]:
+    """Returns a task for each shard; the samples to show are drawn from all samples alike."""
+    ends = list(accumulate(shard["num_samples"] for shard in shards))
+    total = ends[-1]
+    chosen: dict[int, list[int]] = {}
+    for number in random.Random(seed).sample(range(total), min(num_samples, total)):
+        shard = bisect_right(ends, number)
+        chosen.setdefault(shard, []).append(number - ends[shard] + shards[shard]["num_samples"])
+    return [
+        ReportTask(folder, shard["tar"], shard["sidecar"], shard["num_samples"], tuple(chosen.get(number, ())))
+        for number, shard in enumerate(shards)
+    ]
+
+
+def read_shards(
+    tasks: Sequence[ReportTask], num_samples: int, console: Console, workers: int | None
+) -> tuple[Stats, list[Card]]:
+    """Returns the statistics of all shards and the samples to show in the order of their keys, showing progress."""
+    stats, cards, num_read = {}, [], 0
+    with ray_session(None, workers) as in_flight, build_progress(console) as progress:
+        started, bar = time.monotonic(), progress.add_task("read ", total=num_samples, note="")
+        for number, report in enumerate(run_tasks(read_shard, tasks, in_flight), start=1):
+            merge(stats, report.stats)
+            cards += report.cards
+            num_read += report.num_samples
+            rate = num_read / (time.monotonic() - started)
+            note = f"{number:,} of {len(tasks):,} shards, {rate:,.0f} samples/s"
+            progress.update(bar, completed=num_read, note=note)
+    return stats, sorted(cards, key=lambda card: card.key)
+
+
+def count_rejects(folder: Place) -> list[tuple[str, int, dict]]:
+    """Returns each kind of refusal with its number of rows and its first row, most frequent kind first."""
+    counts, first = Counter(), {}
+    with open_file(folder / "rejects.jsonl") as lines:
+        for line in lines:
+            reject = json.loads(line)
+            counts[reject["kind"]] += 1
+            first.setdefault(reject["kind"], reject)
+    return [(kind, num_rows, first[kind]) for kind, num_rows in ranked(counts)]
+
+
+def render(
+    folder: Place, manifest: dict, stats: Stats, cards: Sequence[Card], rejects: Sequence[tuple[str, int, dict]]
+) -> str:
+    """Returns the page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "size": size_text, "percent_of": percent_text}
+    template = environment.get_template("report.html.jinja")
+    seconds = (folder / "manifest.json").stat().st_mtime  # 0 where a store does not tell
+    sources = source_rows(stats, manifest["sources"]["images"]["names"])
+    return template.render(
+        name=folder.name,
+        manifest=manifest,
+        dated=f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if seconds else "unknown date",
+        num_text_only=stats["num_images"][0],
+        num_multi=sum(seen for images, seen in stats["num_images"].items() if images > 1),
+        num_shrunk=stats.get("shrunk", Counter()).total(),
+        sources=sources[:MAX_SOURCES],
+        num_more_sources=len(sources[MAX_SOURCES:]),
+        formats=ranked(stats.get("format", Counter())),
+        charts=[chart(stats[name], title, meaning, unit) for name, title, meaning, unit in HISTOGRAMS if name in stats],
+        rejects=rejects,
+        cards=cards,
+    )
+
+
+def source_rows(stats: Stats, roots: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Returns (source, samples, images) of each source; images without a folder are called after their root."""
+    images = stats.get("source_images", Counter())
+    only_files = images.keys() <= {NO_FOLDER}
+    name_of = {NO_FOLDER: f"{', '.join(roots)} (no folders)"} if only_files else {}
+    return [(name_of.get(name, name), seen, images[name]) for name, seen in ranked(stats["source_samples"])]
+
+
+def chart(counts: Counter, title: str, meaning: str, unit: float) -> dict[str, Any]:
+    """Returns what the template draws a histogram from."""
+    found = bars(counts, unit)
+    return {
+        "title": title,
+        "meaning": meaning,
+        "num_values": counts.total(),
+        "bars": found,
+        "peak": max(bar.num_values for bar in found),
+        "percentiles": [(f"p{p}" if p < 100 else "max", percentile(counts, p)) for p in PERCENTS],
+    }
+
+
+def size_text(num_bytes: int) -> str:
+    """Returns a number of bytes as people read it, in powers of 1,000."""
+    power = next(power for power in (1, 2, 3, 4) if num_bytes < 1000 ** (power + 1) or power == 4)
+    return f"{num_bytes / 1000**power:,.1f} {' kMGT'[power]}B"
+
+
+def percent_text(part: int, whole: int) -> str:
+    """Returns which part of the whole it is; what is there is never said to be nothing."""
+    percent = 100 * part / whole if whole else 0
+    return "<0.1%" if 0 < percent < 0.1 else f"{percent:.1f}%"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,135 @@
+"""Reads one shard for a report: statistics of all its records, and the pictures of the few samples to show.
+
+A pure function of its task. Images are skipped, not read, but for those to show: a local tar is read by seeking from
+record to record; one in a store through fsspec's buffer, in pieces of megabytes, and not by a request for each sample.
+"""
+
+import io
+import json
+import tarfile
+import zlib
+from base64 import b64encode
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+from PIL import Image
+
+from data_prep.files import Place, open_file, read_whole
+from data_prep.image_check import FORMATS, LOSSY, check_image
+from data_prep.records import Refused
+from data_prep.report_stats import Stats, count, measure
+from data_prep.tar_writer import BLOCK_BYTES
+
+AGAIN = "delete it and run the same `make shards` again"
+THUMBNAIL_PIXELS = 256
+MAX_THUMBNAILS = 4  # of a sample
+
+
+@dataclass(frozen=True)
+class ReportTask:
+    """One shard to read, and the numbers of those of its samples that are to be shown."""
+
+    folder: Place
+    tar: str
+    sidecar: str
+    num_samples: int
+    chosen: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """What an error calls this task."""
+        return self.tar
+
+
+class Card(NamedTuple):
+    """A sample to show. A thumbnail is a data URI, or None where the image does not decode."""
+
+    key: str
+    num_bytes: int
+    record: dict
+    thumbnails: list[str | None]
+
+
+class ShardReport(NamedTuple):
+    """What a shard adds to a report."""
+
+    num_samples: int
+    stats: Stats
+    cards: list[Card]
+
+
+def read_shard(task: ReportTask) -> ShardReport:
+    """Returns the statistics of a shard and its chosen samples.
+
+    Raises:
+        ValueError: The tar is not what its sidecar says.
+        OSError: A file cannot be read.
+    """
+    samples, stats, cards = read_sidecar(task), {}, []
+    with open_file(task.folder / task.tar) as file:
+        for number, (key, offset, size, checksum) in enumerate(samples):
+            file.seek(offset)
+            record = read_record(file, key, task.tar)
+            count(stats, measure(record, size))
+            if number in task.chosen:
+                file.seek(offset)
+                if zlib.crc32(blocks := file.read(size)) != checksum:
+                    raise ValueError(f"{task.tar}: sample {key} is damaged (checksum); {AGAIN}")
+                cards.append(Card(key, size, record, read_thumbnails(blocks, key, record["images"])))
+    return ShardReport(len(samples), stats, cards)
+
+
+def read_sidecar(task: ReportTask) -> list[tuple[str, int, int, int]]:
+    """Returns (key, offset, size, checksum) of each sample.
+
+    Raises:
+        ValueError: The sidecar is damaged, or not the one that belongs here.
+    """
+    try:
+        sidecar = json.loads(read_whole(task.folder / task.sidecar))
+        samples = list(zip(*(sidecar[name] for name in ("keys", "offsets", "sizes", "checksums")), strict=True))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{task.sidecar} is no sidecar of a shard; {AGAIN}") from None
+    if len(samples) != task.num_samples:
+        raise ValueError(f"{task.sidecar} lists {len(samples)} samples, manifest.json {task.num_samples}; {AGAIN}")
+    return samples
+
+
+def read_record(file: IO[bytes], key: str, tar: str) -> dict:
+    """Returns the record of the sample at which a tar is open, leaving its images unread.
+
+    Raises:
+        ValueError: No record with this key begins here.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(file.read(BLOCK_BYTES), "utf-8", "strict")
+        if header.name != f"{key}.json":
+            raise ValueError(f"found {header.name} in its place")
+        return json.loads(file.read(header.size))
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{tar}: the record of sample {key} cannot be read ({error}); {AGAIN}") from None
+
+
+def read_thumbnails(blocks: bytes, key: str, images: list[dict]) -> list[str | None]:
+    """Returns the first few pictures of a sample, given its blocks of the tar."""
+    with tarfile.open(fileobj=io.BytesIO(blocks)) as members:
+        files = [members.extractfile(f"{key}.{image['member']}") for image in images[:MAX_THUMBNAILS]]
+        return [thumbnail(file.read()) for file in files if file]
+
+
+def thumbnail(data: bytes) -> str | None:
+    """Returns an image at a size to look at, as a data URI, or None if it does not decode (it may be unchecked)."""
+    try:
+        check_image(data, "")
+    except Refused:
+        return None
+    stream = io.BytesIO()
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = "JPEG" if image.format in LOSSY else "PNG"  # what was drawn or written stays sharp
+        small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if image.mode.startswith("I"):  # 16 bits, which `convert` clips
+            small = image.convert("I").point(lambda value: value / 257).convert("RGB")
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    if small.mode == "RGBA":
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+    small.save(stream, kind)
+    return f"data:image/{kind.lower()};base64,{b64encode(stream.getvalue()).decode()}"
