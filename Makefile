@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint shards import-hf tiny-base train submit export evaluate chat test-hf test-energon clean
+.PHONY: help setup demo test soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -31,6 +31,10 @@ demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2,
 test: setup ## every CPU test
 	$(PYTHON) -m pytest $(ARGS)
 
+soak: setup ## longer proofs: kill loops (minutes)
+	$(PYTHON) -m tests.soak.kill_shards $(ARGS)
+	$(PYTHON) -m tests.soak.share_cache $(ARGS)
+
 lint: setup ## ruff and pyright
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -39,6 +43,18 @@ lint: setup ## ruff and pyright
 shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS=n]: LLaVA rows and images to WebDataset tars, on Ray
 	$(call need,DATA IMAGES OUT)
 	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach place,$(IMAGES),--images $(place)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+verify: setup ## OUT=dir-or-url: re-read every byte of a shard directory and name what is damaged
+	$(call need,OUT)
+	$(PYTHON) -m data_prep.verify $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+report: setup ## OUT=dir-or-url: one HTML page to look at a shard directory
+	$(call need,OUT)
+	$(PYTHON) -m data_prep.report $(OUT) $(ARGS)
+
+stream-check: setup ## SHARDS=dir-or-url [CACHE=dir]: shards read by number and by webdataset are the same, sample for sample
+	$(call need,SHARDS)
+	$(PYTHON) -m pipeline.stream_check $(SHARDS) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
 
 import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model and encoder to a base folder
 	$(call need,LLM VISION OUT)
@@ -71,6 +87,12 @@ submit: setup ## JOB=pretrain|finetune [CONFIG=x.yaml] [ADDRESS=http://head:8265
 	  --runtime-env-json '$(JOB_ENV)' -- \
 	  $(JOB_PYTHON) -m orchestration.ray_train --config $(or $(CONFIG),$(JOB_CONFIG_$(JOB)),$(error JOB=$(JOB) is unknown; use pretrain or finetune, or give CONFIG=)) --root $(CURDIR) \
 	  --num-workers $(NPROC) $(ARGS)
+
+STEP ?= 0
+RANKS ?= 1
+preview: setup ## CONFIG=x.yaml [STEP=n] [RANKS=n] [ARGS="--html page.html"]: what each rank would see at a step
+	$(call need,CONFIG)
+	@$(PYTHON) -m pipeline.preview --config $(CONFIG) --step $(STEP) --ranks $(RANKS) $(ARGS)
 
 export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self-contained Hugging Face folder
 	$(call need,CKPT OUT)

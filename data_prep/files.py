@@ -5,45 +5,81 @@ written under another name, synced and renamed; in a store it is written here fi
 or not at all.
 """
 
+import errno
 import fcntl
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from upath import UPath
+from upath.implementations.cloud import AzurePath, GCSPath, S3Path
 
 type Place = Path | UPath
 """A local path, or one in a store; both have the methods of `pathlib.Path`."""
-STORE_OPTIONS = {
-    "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}}},
-    "gs": {"use_listings_cache": False},
-}
-"""Other machines write to the same place, so what was listed once is not kept; a busy store is asked again."""
+ATTEMPTS = 8  # at each request to S3 during a run, with longer and longer pauses: a busy store is asked again
+FIRST_ATTEMPTS = 3  # before a run has begun: a wrong address should not take minutes to be told
 
 
 def open_place(place: str | Path) -> Place:
     """Returns the path of a local file or folder, or of a URL; a local one is absolute.
 
     Raises:
-        ValueError: The URL's kind is not installed, or its store cannot be reached.
+        ValueError: The URL's kind is not installed, its store cannot be reached, or its bucket is not there.
     """
+    if "://" not in (local := str(place).removeprefix("file://")):
+        return Path(local).absolute()
     try:
-        if "://" not in (local := str(place).removeprefix("file://")):
-            return Path(local).absolute()
-        path = _open_url(str(place))
-        path.exists()
+        probe = _open_url(str(place), FIRST_ATTEMPTS)
+        if isinstance(probe, Path):
+            raise ValueError("there is no such kind of URL")  # but to UPath it may be a local path
+        fs: Any = probe.fs
+        fs.retries = 1  # of s3fs, which would ask five times, each time as often as it is told to
+        if not probe.exists() and isinstance(probe, S3Path | GCSPath | AzurePath):
+            fs.info(probe.drive)  # its bucket
+        return _open_url(str(place))
+    except FileNotFoundError:
+        raise ValueError(f"{place} cannot be reached: there is no bucket of this name") from None
     except Exception as error:  # every kind of store has errors of its own
-        problem = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{place} cannot be reached: {problem[0]}") from None
-    return path
+        raise ValueError(f"{place} cannot be reached: {_problem(error)}") from None
 
 
-def _open_url(url: str) -> UPath:
-    return UPath(url, **STORE_OPTIONS.get(url.partition("://")[0], {}))
+def _open_url(url: str, attempts: int = ATTEMPTS) -> UPath:
+    """Other machines write to the same place, so what was listed once is not kept."""
+    options: dict[str, Any] = {}
+    if url.startswith(("s3://", "s3a://", "gs://", "gcs://")):
+        options["use_listings_cache"] = False
+    if url.startswith("s3"):
+        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": attempts}}
+    return UPath(url, **options)
+
+
+@contextmanager
+def named_errors(place: Place | str) -> Iterator[None]:
+    """Lets every `OSError` name the place that it is about, and makes one of what a store's client raises."""
+    try:
+        yield
+    except OSError as error:  # "No space left on device" alone does not say where, nor does "Forbidden"
+        if error.filename is not None:
+            raise
+        known = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
+        number = error.errno or known.get(type(error), errno.EIO)
+        raise OSError(number, _problem(error), str(place)) from error
+    except (ValueError, LookupError, TypeError, AssertionError):
+        raise  # about what was read, not about reading it
+    except Exception as error:
+        if "://" not in str(place):
+            raise
+        raise OSError(errno.EIO, _problem(error), str(place)) from error
+
+
+def _problem(error: Exception) -> str:
+    """Returns one line."""
+    told = getattr(error, "strerror", None) or str(error)  # the first is without Python's "[Errno 2]"
+    return next(iter(told.strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -53,13 +89,15 @@ def whole_file(path: Place) -> Iterator[BinaryIO]:
         with _whole_local_file(path) as file:
             yield file
         return
-    with tempfile.NamedTemporaryFile(prefix="saisa-") as file:
-        yield file  # type: ignore
-        file.flush()
-        path.fs.put_file(file.name, path.path)
-        num_bytes = os.path.getsize(file.name)
-    if (size := path.fs.info(path.path)["size"]) != num_bytes:
-        raise OSError(f"{path}: {num_bytes} bytes were put but {size} arrived")
+    with tempfile.TemporaryFile() as file:  # without a name: nothing is left of it when this process is killed
+        with named_errors(tempfile.gettempdir()):
+            yield file  # type: ignore
+            num_bytes = file.tell()
+            file.seek(0)
+        with named_errors(path):
+            path.fs.put_file(f"/dev/fd/{file.fileno()}", path.path)
+            if (size := path.fs.info(path.path)["size"]) != num_bytes:
+                raise OSError(f"{num_bytes} bytes were put but {size} arrived")
 
 
 @contextmanager
@@ -67,16 +105,15 @@ def _whole_local_file(path: Path) -> Iterator[BinaryIO]:
     """The name in between is unique, so that a worker which outlives its driver cannot spoil its successor's file."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except BaseException as error:
+        with named_errors(path):
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
+    except BaseException:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # "No space left on device" alone does not say where
         raise
 
 
@@ -84,6 +121,25 @@ def write_whole(path: Place, data: bytes) -> None:
     """Writes a file that is either whole or not there."""
     with whole_file(path) as file:
         file.write(data)
+
+
+def read_whole(path: Place) -> bytes:
+    """Returns the bytes of a file."""
+    with named_errors(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def open_file(path: Place) -> Iterator[BinaryIO]:
+    """Yields a file to read from."""
+    with named_errors(path), path.open("rb") as file:
+        yield file  # type: ignore
+
+
+def remove(path: Place) -> None:
+    """Removes a file, if it is there."""
+    with named_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,7 +157,8 @@ def file_sizes(folder: Place) -> dict[str, int]:
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        listed = folder.fs.ls(folder.path, detail=True)
+        with named_errors(folder):
+            listed = folder.fs.ls(folder.path, detail=True)
         return {os.path.basename(found["name"]): found["size"] for found in listed if found["type"] == "file"}
     except FileNotFoundError:
         return {}
@@ -129,11 +186,14 @@ def locked(folder: Place) -> Iterator[None]:
     with lock.open("w") as file:  # a file and not the folder itself, for NFS
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # its holder has just removed it, and a third run may hold the next
         except BlockingIOError:
             raise ValueError(f"another run is writing to {folder}; wait for it or stop it") from None
         try:
             yield
         finally:
+            remove_parts(folder)  # of workers that were stopped
             lock.unlink(missing_ok=True)
 
 
@@ -145,7 +205,8 @@ def local_copy(path: Place) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="saisa-") as folder:
         copy = Path(folder, path.name)
-        path.fs.get_file(path.path, str(copy))
+        with named_errors(path):
+            path.fs.get_file(path.path, str(copy))
         yield copy
 
 
@@ -157,5 +218,13 @@ def read_range(place: str, offset: int = 0, num_bytes: int | None = None) -> byt
             return file.read(-1 if num_bytes is None else num_bytes)
     path = _open_url(place)
     end = None if num_bytes is None else offset + num_bytes
-    data: Any = path.fs.cat_file(path.path, start=offset or None, end=end)
+    with named_errors(place):
+        data: Any = path.fs.cat_file(path.path, start=offset or None, end=end)
     return data
+
+
+def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns the bytes `[start, end)` of a file in a store for each range, many at a time."""
+    path, (starts, ends) = _open_url(url), zip(*ranges, strict=True) if ranges else ((), ())
+    with named_errors(url):
+        return path.fs.cat_ranges([path.path] * len(ranges), list(starts), list(ends), on_error="raise")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from upath import UPath
 
 from data_prep.console import UsageError
-from data_prep.files import Place, open_place, read_range
+from data_prep.files import Place, named_errors, open_file, open_place, read_range
 from data_prep.records import Refused
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
@@ -79,7 +79,8 @@ class StoreImages:
 
     def __init__(self, root: UPath):
         """Raises `ValueError` where nothing can be listed."""
-        listed: Any = root.fs.find(root.path, detail=True)
+        with named_errors(root):
+            listed: Any = root.fs.find(root.path, detail=True)
         if not listed:
             raise ValueError(f"--images {root} lists no files; give a URL that can be listed, or that of a zip")
         self.root, start = str(root).rstrip("/"), len(root.path.rstrip("/")) + 1
@@ -107,11 +108,14 @@ class ZipImages:
             ValueError: It is not a zip file, or its directory is damaged.
         """
         self.root = str(root)
-        try:
-            with root.open("rb") as file, zipfile.ZipFile(file) as archive:
-                self.archive = archive
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise ValueError(f"--images {root} is not a readable zip file ({error}); give a folder or a zip") from None
+        with open_file(root) as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    self.archive = archive
+            except (zipfile.BadZipFile, NotImplementedError) as error:
+                raise ValueError(
+                    f"--images {root} is not a readable zip file ({error}); give a folder or a zip"
+                ) from None
 
     def find(self, path: str) -> ImageEntry | None:
         """Returns the entry of a member of this exact name."""
@@ -134,13 +138,15 @@ class ImageRoots:
 
     def find(self, path: str) -> ImageEntry | None:
         """Returns the entry of an image by the path in its row, under another extension if there is no such file."""
-        for candidate in _spellings(posixpath.normpath(path)):
+        plain = posixpath.normpath(path)
+        for candidate in _spellings(plain):
             for name, root in self.roots:
                 if not candidate.startswith(name):
                     continue
                 if entry := root.find(candidate[len(name) :]):
-                    other = None if candidate == posixpath.normpath(path) else candidate
-                    return entry._replace(path=path, found_as=other)
+                    same = candidate == path == entry.path  # as nearly always: spare the copy
+                    other = None if candidate == plain else candidate
+                    return entry if same else entry._replace(path=path, found_as=other)
         return None
 
 
@@ -188,7 +194,10 @@ def read_image(entry: ImageEntry) -> bytes:
         Refused: The zip member is damaged, encrypted or compressed in an unusual way.
         OSError, ValueError: The file is gone or has changed since it was found.
     """
-    data = read_range(entry.file) if entry.slot is None else _read_member(entry, entry.slot)
+    if entry.slot:
+        data = _read_member(entry, entry.slot)
+    else:  # a byte more than it had, to see that it has not grown; S3 would be asked for the size of a whole file first
+        data = read_range(entry.file, 0, entry.num_bytes + 1 if entry.num_bytes else None)
     if len(data) != entry.num_bytes:
         raise ValueError(f"{entry.file} changed while it was being sharded; run again with a new --out")
     return data

@@ -25,14 +25,19 @@ class Row(NamedTuple):
     value: Any
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, name: object = None) -> Iterator[Row]:
     """Yields the rows of a JSON array, or of a file that is named .jsonl, in order.
+
+    Args:
+        path: The file.
+        name: What errors call it, if it is a copy of something that the user knows.
 
     Raises:
         ValueError: The file is not JSON or not a list of rows; the message names the file and the position.
     """
     with path.open("rb") as file:
-        window = _Window(file, path)
+        name = name or path
+        window = _Window(file, name)
         first = window.next_char()
         if first == "[":
             rows = _array_values(window)
@@ -40,12 +45,12 @@ def read_rows(path: Path) -> Iterator[Row]:
             rows = iter(lambda: window.read_value() if window.next_char() else None, None)
         else:
             held = {"": "is empty", "{": "holds a JSON object"}.get(first, f"starts with {first!r}")
-            raise ValueError(f"{path} {held}; it must be a JSON array of rows (or, named .jsonl, one row a line)")
+            raise ValueError(f"{name} {held}; it must be a JSON array of rows (or, named .jsonl, one row a line)")
         index = -1
         for index, (offset, num_bytes, value) in enumerate(rows):
             yield Row(index, offset, num_bytes, value)
         if index < 0:
-            raise ValueError(f"{path} is an empty list; it must hold at least one row")
+            raise ValueError(f"{name} is an empty list; it must hold at least one row")
 
 
 def _array_values(window: "_Window") -> Iterator[tuple[int, int, Any]]:
@@ -66,10 +71,10 @@ def _array_values(window: "_Window") -> Iterator[tuple[int, int, Any]]:
 class _Window:
     """A moving window on a UTF-8 file: `text[at:]` is not yet used and begins at byte `offset` of line `line`."""
 
-    def __init__(self, file: BinaryIO, path: Path):
+    def __init__(self, file: BinaryIO, name: object):
         self.offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(self.offset)
-        self.file, self.path = file, path
+        self.file, self.name = file, name
         self.text, self.at, self.line, self.grow = "", 0, 1, CHUNK_BYTES
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.parse = json.JSONDecoder().raw_decode
@@ -119,7 +124,7 @@ class _Window:
         """Returns the error to raise for a problem that lies `num_chars` after the first unused character."""
         before = self.text[self.at : self.at + num_chars]
         line, byte = self.line + before.count("\n"), self.offset + len(before.encode())
-        return ValueError(f"{self.path} is not a list of rows in JSON: {problem} at line {line} (byte {byte})")
+        return ValueError(f"{self.name} is not a list of rows in JSON: {problem} at line {line} (byte {byte})")
 
 
 def _problem(error: Exception) -> str:

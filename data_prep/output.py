@@ -16,7 +16,7 @@ from pathlib import Path
 
 import PIL
 
-from data_prep.files import Place, file_sizes, remove_parts, write_whole
+from data_prep.files import Place, file_sizes, read_whole, remove, remove_parts, write_whole
 from data_prep.plan import Scan, Settings, differences
 from data_prep.records import Reject, json_bytes
 from data_prep.shard_task import ShardSummary
@@ -43,7 +43,7 @@ def prepare(folder: Place, identity: dict, modified_sha256: str) -> bool:
     recheck = bool(begun) and begun["modified_sha256"] != modified_sha256
     if not recheck:  # a recheck changes nothing, or refuses and leaves what was there
         for name in ("manifest.json", "index.json"):
-            (folder / name).unlink(missing_ok=True)
+            remove(folder / name)
     remove_parts(folder)
     if not begun:
         write_plan(folder, identity, modified_sha256)
@@ -52,9 +52,11 @@ def prepare(folder: Place, identity: dict, modified_sha256: str) -> bool:
 
 def _read_plan(folder: Place) -> dict | None:
     try:
-        return json.loads((folder / "plan.json").read_text())
+        return json.loads(read_whole(folder / "plan.json"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'plan.json'} is damaged ({error}); use another --out or delete this one") from None
 
 
 def write_plan(folder: Place, identity: dict, modified_sha256: str) -> None:
@@ -66,11 +68,13 @@ def finished(folder: Place, identity: dict, modified_sha256: str) -> dict | None
     """Returns the manifest of a folder that is complete and was made from the same, None where work remains."""
     try:
         plan, index, manifest = (
-            json.loads((folder / f"{name}.json").read_text()) for name in ("plan", "index", "manifest")
+            json.loads(read_whole(folder / f"{name}.json")) for name in ("plan", "index", "manifest")
         )
         shards = [shard[part] for shard in index["shards"] for part in ("raw_data", "raw_meta")]
         present = file_sizes(folder)
         whole = all(present.get(shard["basename"]) == shard["bytes"] for shard in shards)
+        others = {shard[part] for shard in manifest["shards"] for part in ("tar", "sidecar")}  # index.json lacks some
+        whole = whole and present.keys() >= {"rejects.jsonl", *others}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     same = plan == {"identity": identity, "modified_sha256": modified_sha256}
@@ -156,8 +160,12 @@ def _file_info(basename: str, num_bytes: int, sha256: str) -> dict:
 
 def write_rejects(folder: Place, rejects: Iterable[Reject], source: str) -> None:
     """Writes rejects.jsonl, in the order of the source."""
-    lines = [json_bytes({"source": source, **reject._asdict()}) + b"\n" for reject in sorted(rejects)]
-    write_whole(folder / "rejects.jsonl", b"".join(lines))
+    write_whole(folder / "rejects.jsonl", b"".join(reject_line(reject, source) for reject in sorted(rejects)))
+
+
+def reject_line(reject: Reject, source: str) -> bytes:
+    """Returns the line of a refused row."""
+    return json_bytes({"source": source, **reject._asdict()}) + b"\n"
 
 
 def code_version() -> dict:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,24 @@ def ray_session(address: str | None, workers: int | None) -> Iterator[int]:
         workers: Tasks at a time; None means every CPU there is.
 
     Raises:
-        ValueError: There is no cluster at `address`.
+        ValueError: There is no cluster at `address`, or Ray does not start here.
     """
     started = not ray.is_initialized()
     if started and address:
         _connect(address)
     elif started:
         workers = workers or len(os.sched_getaffinity(0))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        _start(workers)
+    try:
+        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _start(workers: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
         ray.init(
             address="local",
             num_cpus=workers,
@@ -47,11 +57,9 @@ def ray_session(address: str | None, workers: int | None) -> Iterator[int]:
             logging_level=logging.ERROR,
             object_store_memory=max(MIN_OBJECT_STORE_BYTES, workers * OBJECT_STORE_BYTES_PER_WORKER),
         )
-    try:
-        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    finally:
-        if started:
-            ray.shutdown()
+    except Exception as error:  # Ray has none of its own for processes that are late, as on a very busy machine
+        problem = str(error).strip().splitlines()[0]
+        raise ValueError(f"Ray does not start on this machine ({problem}); run again, or name a cluster") from error
 
 
 def _connect(address: str) -> None:
@@ -79,13 +87,14 @@ def run_tasks[Task, Result](
     """
     options: Any = {"max_retries": MAX_RETRIES, "retry_exceptions": [OSError]}
     remote = ray.remote(**options)(function)
-    tasks, pending = iter(tasks), {}
+    tasks, ready, pending = iter(tasks), [], {}
     try:
         while True:
-            for task in islice(tasks, in_flight - len(pending)):
+            for task in chain(ready, islice(tasks, in_flight - len(pending) - len(ready))):
                 pending[remote.remote(task)] = str(task)
             if not pending:
                 return
+            ready = list(islice(tasks, 1))  # made while the others run, so that no worker waits for it
             (done, *_), _ = ray.wait(list(pending))
             yield _result(done, pending.pop(done))
     finally:
@@ -100,4 +109,4 @@ def _result[Result](reference: "ray.ObjectRef[Result]", task: str) -> Result:
         raise error.cause from None  # what the task raised, without Ray's traceback around it
     except RayError as error:
         problem = str(error).strip().splitlines()[0]
-        raise ValueError(f"{task}: its worker died {1 + MAX_RETRIES} times ({problem})") from None
+        raise ValueError(f"{task}: its worker died, {1 + MAX_RETRIES} times or with all of Ray ({problem})") from None

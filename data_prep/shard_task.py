@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from data_prep.files import Place, whole_file, write_whole
+from data_prep.files import Place, open_file, read_whole, whole_file, write_whole
 from data_prep.image_check import check_image, shrink_image
 from data_prep.image_roots import ImageEntry, read_image
 from data_prep.plan import Settings
@@ -97,7 +97,7 @@ def write_shard(task: ShardTask) -> ShardSummary:
             samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
         file.write(END_OF_ARCHIVE)
         sha256.update(END_OF_ARCHIVE)
-        sidecar = _sidecar(task, samples, sha256.hexdigest(), rejects)
+        sidecar = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), rejects)
         if receipt and receipt != sidecar:
             raise ValueError(f"images behind {task.tar} are not what they were; use another --out or delete this one")
     write_whole(task.sidecar, sidecar)
@@ -148,16 +148,16 @@ class _Sample(NamedTuple):
     num_images: int
 
 
-def _sidecar(task: ShardTask, samples: list[_Sample], sha256: str, rejects: list[dict]) -> bytes:
+def build_sidecar(tar: str, num_planned: int, samples: list[_Sample], sha256: str, rejects: list[dict]) -> bytes:
     """Returns the sidecar of a tar that holds these samples and has this hash."""
     *offsets, end = accumulate((sample.num_bytes for sample in samples), initial=0)
     fields = {
         "version": 1,
-        "tar": task.tar.name,
+        "tar": tar,
         "bytes": end + len(END_OF_ARCHIVE),
         "sha256": sha256,
         "checksum": "crc32",
-        "num_planned": len(task.rows),
+        "num_planned": num_planned,
         "num_samples": len(samples),
         "keys": [sample.key for sample in samples],
         "offsets": offsets,
@@ -170,25 +170,34 @@ def _sidecar(task: ShardTask, samples: list[_Sample], sha256: str, rejects: list
 
 
 def _verified_receipt(task: ShardTask) -> bytes | None:
-    """Returns the sidecar of a shard if it is exactly what one derives from the tar on the disk, else None."""
+    """Returns the sidecar of a shard if it is what one derives from its rows and the tar on the disk, else None."""
     samples, sha256 = [], hashlib.sha256()
     try:
-        receipt = task.sidecar.read_bytes()
+        receipt = read_whole(task.sidecar)
         fields = json.loads(receipt)
-        with task.tar.open("rb") as file:
-            for key, size, num_images in zip(fields["keys"], fields["sizes"], fields["num_images"], strict=True):
+        refused = {reject["index"] for reject in fields["rejects"]}
+        kept = [row for row in task.rows if row.index not in refused]
+        with open_file(task.tar) as file:
+            for row, size in zip(kept, fields["sizes"], strict=True):
                 blocks = file.read(size)
                 sha256.update(blocks)
-                samples.append(_Sample(key, len(blocks), zlib.crc32(blocks), num_images))
+                samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
             sha256.update(file.read())
-        return receipt if _sidecar(task, samples, sha256.hexdigest(), fields["rejects"]) == receipt else None
+        derived = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), fields["rejects"])
+        return receipt if derived == receipt else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _summary(task: ShardTask, sidecar: bytes, is_new: bool) -> ShardSummary:
+    summary = read_summary(task.name, sidecar, is_new)
+    assert len(task.rows) == summary.num_samples + len(summary.rejects), f"{task.name} lost a row"
+    return summary
+
+
+def read_summary(name: str, sidecar: bytes, is_new: bool) -> ShardSummary:
+    """Returns the summary of a shard from its sidecar."""
     fields, sha256 = json.loads(sidecar), hashlib.sha256(sidecar).hexdigest()
     rejects = tuple(Reject(**reject) for reject in fields["rejects"])
-    assert len(task.rows) == fields["num_samples"] + len(rejects), f"{task.name} lost a row"
     counts = (fields["num_samples"], sum(fields["num_images"]), fields["bytes"], fields["sha256"])
-    return ShardSummary(task.name, *counts, len(sidecar), sha256, rejects, is_new)
+    return ShardSummary(name, *counts, len(sidecar), sha256, rejects, is_new)

@@ -102,7 +102,7 @@ def open_source(
     places = [str(place) for place in ([images] if isinstance(images, str | Path) else images)]
     place, roots = open_place(data), open_images(places)
     with local_copy(place) as rows:
-        scan = scan_source(rows, roots, settings, console)
+        scan = scan_source(rows, place, roots, settings, console)
         description = {
             "data": {"name": place.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
             "images": {
@@ -191,14 +191,14 @@ def _write_all(
         raise
 
 
-def scan_source(data: Path, images: ImageRoots, settings: Settings, console: Console) -> Scan:
-    """Returns the checked rows of `data`, showing how far it has got."""
+def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:
+    """Returns the checked rows of `data`, which errors call `name`, showing how far it has got."""
     started, total = time.monotonic(), data.stat().st_size
     with build_progress(console) as progress:
         bar = progress.add_task("scan ", total=total, note="")
 
         def watched() -> Iterator[Row]:
-            for row in read_rows(data):
+            for row in read_rows(data, name):
                 yield row
                 if row.index % 1000 == 999:
                     rate = (row.index + 1) / (time.monotonic() - started)

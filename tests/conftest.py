@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 
-pytest_plugins = ["tests.world"]
+pytest_plugins = ["tests.world", "tests.shard_sets", "tests.s3_server"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

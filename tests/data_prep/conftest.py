@@ -10,10 +10,12 @@ import pytest
 import ray
 from PIL import Image
 
+from tests.s3_server import S3Server
+
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A Ray with two CPUs that sharding finds running and leaves running."""
+def local_ray(s3_server: S3Server) -> Iterator[None]:
+    """A Ray with two CPUs that sharding finds running and leaves running; its workers find the S3 server."""
     ray.init(
         address="local",
         num_cpus=2,

@@ -78,6 +78,8 @@ def flip(path: Path, place: int) -> None:
         lambda task: task.sidecar.write_text("[]"),
         lambda task: task.sidecar.write_text(task.sidecar.read_text().replace('"offsets":[0,', '"offsets":[1,')),
         lambda task: task.sidecar.write_text(task.sidecar.read_text().replace('"num_planned":5', '"num_planned":4')),
+        lambda task: task.sidecar.write_text(task.sidecar.read_text().replace('"000000101"', '"000000100"')),
+        lambda task: task.sidecar.write_text(task.sidecar.read_text().replace('"num_images":[1,', '"num_images":[2,')),
     ],
 )
 def test_what_does_not_verify_is_written_again(task: ShardTask, damage: Callable[[ShardTask], object]) -> None:

@@ -3,10 +3,7 @@
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -155,28 +152,6 @@ def test_whatever_is_damaged_or_missing_is_made_again(dataset, tmp_path: Path) -
     (out / "shard-000003.tar").unlink()
     make_shards(dataset.data, dataset.images, out, SMALL)
     assert contents(out) == contents(whole)
-
-
-def test_a_killed_run_is_finished_by_the_same_command(realdata: Path, tmp_path: Path) -> None:
-    folder, out = realdata / "easy_vqa", tmp_path / "out"
-    arguments = ["--data", folder / "llava_train.json", "--images", folder, "--out", out, "--shard-bytes", "20kB"]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.shards", *map(str, arguments), "--workers", "1"],
-        stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[2],
-    )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.tar"))) < 3 and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert len(list(out.glob("*.tar"))) >= 3 and not (out / "manifest.json").exists()
-    status, said = run_cli(*arguments)
-    assert (
-        status == 0 and "1,000 rows = 1,000 samples + 0 refused" in said and "were there already and verified" in said
-    )
-    make_shards(arguments[1], folder, tmp_path / "undisturbed", Settings(shard_bytes=20_000))
-    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 def test_bad_rows_are_counted_named_and_limited(dataset, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Whatever is killed, and whenever: the same command finishes the work, every sample once, same bytes as a calm run."""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from data_prep.files import locked, open_place, whole_file, write_whole
+from data_prep.plan import Settings
+from data_prep.shards import make_shards
+from tests.kills import REPOSITORY, command, contents, kill_worker, make_data, running, sample_keys, wait_for_shards
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+NUM_ROWS, SETTINGS = 400, Settings(shard_bytes=60_000)
+IN_A_NAMESPACE = ["unshare", "--mount", "--map-root-user", "sh", "-euc"]
+ON_A_SMALL_DISK = """
+out=$1; larger=$2; shift 2
+mount -t tmpfs -o size=2m none "$out"
+"$@" && exit 1
+cp -a "$out" "$larger"
+"""
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The options for a data set, and the shards of a run that nothing disturbed, with every row in them once."""
+    folder = tmp_path_factory.mktemp("calm")
+    options = make_data(folder, NUM_ROWS)
+    make_shards(options[1], options[3], folder / "out", SETTINGS)
+    assert sample_keys(folder / "out") == [f"{place:09d}" for place in range(NUM_ROWS)]
+    return options, folder / "out"
+
+
+def finish(options: list[str], out: Path) -> dict[str, bytes]:
+    """Returns what is in `out` after the same command, given again (here, to share this process's Ray)."""
+    make_shards(options[1], options[3], out, SETTINGS)
+    return contents(out)
+
+
+@pytest.mark.parametrize("victim", ["driver", "group"])
+def test_a_killed_run_is_finished_by_the_same_command(calm, tmp_path: Path, victim: str) -> None:
+    options, whole = calm
+    out = tmp_path / "out"
+    with running(options, out) as process:
+        wait_for_shards(process, out, random.Random(victim).randrange(1, 60))
+        if victim == "driver":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = os.listdir(out)
+        assert ".lock" in left and "manifest.json" not in left
+        assert finish(options, out) == contents(whole)  # while orphans of the first run may still be writing
+
+
+def test_killed_workers_are_replaced_during_the_run(calm, tmp_path: Path) -> None:
+    options, whole = calm
+    out, chance, num_killed = tmp_path / "out", random.Random(0), 0
+    with running(options, out) as process:
+        for number in (2, 15, 30, 45):
+            wait_for_shards(process, out, number)
+            while process.poll() is None and not kill_worker(process, chance):
+                pass
+            num_killed += process.poll() is None
+        said = process.communicate()[1]
+    assert process.returncode == 0 and num_killed >= 2, said
+    assert f"{NUM_ROWS} rows = {NUM_ROWS} samples + 0 refused" in said
+    assert contents(out) == contents(whole)
+
+
+def test_a_second_run_is_refused_and_an_interrupted_one_ends_cleanly(calm, tmp_path: Path) -> None:
+    options, whole = calm
+    out = tmp_path / "out"
+    with running(options, out) as process:
+        wait_for_shards(process, out, 5)
+        with pytest.raises(ValueError, match=f"another run is writing to {out}; wait for it or stop it"):
+            finish(options, out)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        said = process.communicate()[1]
+    left = os.listdir(out)
+    assert process.returncode > 0 and "Traceback" not in said
+    assert "manifest.json" not in left and not [name for name in left if name == ".lock" or name.endswith(".part")]
+    assert finish(options, out) == contents(whole)
+
+
+def test_a_full_disk_is_named_and_room_is_all_it_takes(calm, tmp_path: Path) -> None:
+    options, whole = calm
+    probe = subprocess.run([*IN_A_NAMESPACE, 'mount -t tmpfs none "$0"', tmp_path], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"needs mount namespaces (unshare --mount --map-root-user): {probe.stderr.strip()}")
+    out, larger = tmp_path / "out", tmp_path / "larger"
+    out.mkdir()
+    arguments = [*IN_A_NAMESPACE, ON_A_SMALL_DISK, "sh", out, larger, *command(options, out)]
+    run = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"error: {out}/shard-\d+\.(tar|json): No space left on device", last)
+    left = os.listdir(larger)
+    assert "shard-000000.tar" in left and "manifest.json" not in left
+    assert not [name for name in left if name == ".lock" or name.endswith(".part")]
+    assert finish(options, larger) == contents(whole)
+
+
+def test_a_file_that_cannot_grow_is_named_and_its_predecessor_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_whole(path, b"old")
+    store = open_place("memory://faults/a.tar")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as here:
+            write_whole(path, bytes(200_000))
+        with pytest.raises(OSError, match="File too large") as there, whole_file(store) as file:
+            file.write(bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert here.value.filename == str(path) and there.value.filename == tempfile.gettempdir()
+    assert contents(tmp_path) == {"a.tar": b"old"} and not store.exists()
+
+
+def test_a_lock_counts_only_as_long_as_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: (tmp_path / ".lock").unlink())  # its holder ends at this moment
+    with pytest.raises(ValueError, match="another run is writing to"), locked(tmp_path):
+        pass
