@@ -1,85 +1,179 @@
-"""Samples by number from the tars that `make shards` wrote: one seek and one read each."""
+"""All samples of a shard set by number, from a folder or from a store: one `pread` each, no lock, no shared memory.
 
-import io
-import json
-import tarfile
-import zlib
+    shards = ShardSet("/data/shards")                                                   read in place
+    shards = ShardSet("s3://bucket/shards", cache=Path("/nvme"), cache_limit_bytes=...) through a cache on this machine
+    shards.members(17)["json"]
+
+A remote shard is downloaded when it is first needed, or ahead of that by `prefetch`. Every sample is checked against
+its CRC-32; a copy in the cache that fails is fetched again, anything else that is wrong is an error that says what to
+do. Objects can be pickled, and shared with forked processes and threads.
+"""
+
 from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from streaming.base.format.base.reader import FileInfo, SplitReader
-from webdataset.tariterators import tar_file_iterator
+from data_prep.files import read_ranges
+from pipeline.prefetch import Prefetcher
+from pipeline.tar_reader import (
+    RECORD_GUESS_BYTES,
+    DamagedShard,
+    OpenFile,
+    TarReader,
+    parse_record,
+    record_end,
+    split_members,
+)
+from pipeline.tar_stream import TarStream
 
-
-class TarReader(SplitReader):
-    """One shard as mosaicml-streaming's readers are: `reader[i]` is a dict of member name to bytes."""
-
-    def __init__(self, dirname: Path, shard: dict[str, Any]) -> None:
-        data, meta = FileInfo(**shard["raw_data"]), FileInfo(**shard["raw_meta"])
-        hashes, samples, size_limit = shard["hashes"], shard["samples"], shard["size_limit"]
-        super().__init__(str(dirname), None, None, hashes, data, meta, samples, size_limit, None, None)
-        self.path = dirname / data.basename
-        self.sidecar = json.loads((dirname / meta.basename).read_text())
-
-    def get_sample_data(self, idx: int) -> bytes:
-        """Returns the bytes of sample `idx`: its tar members, headers and padding included, checked against its CRC."""
-        data = self._read(idx, self.sidecar["sizes"][idx])
-        if zlib.crc32(data) != self.sidecar["checksums"][idx]:
-            raise ValueError(
-                f"{self.path}: sample {idx} is damaged (checksum); delete this tar and run `make shards` again"
-            )
-        return data
-
-    def decode_sample(self, data: bytes) -> dict[str, bytes]:
-        """Returns the members of a sample by name without the key: `json`, `jpg`, `0.png`, ..."""
-        stream: Any = io.BytesIO(data)
-        return {member["fname"].partition(".")[2]: member["data"] for member in tar_file_iterator(stream)}
-
-    def get_record(self, idx: int) -> dict[str, Any]:
-        """Returns the record of sample `idx` without reading its images: it is the sample's first member."""
-        header = tarfile.TarInfo.frombuf(self._read(idx, tarfile.BLOCKSIZE), "utf-8", "strict")
-        return json.loads(self._read(idx, tarfile.BLOCKSIZE + header.size)[tarfile.BLOCKSIZE :])
-
-    def _read(self, idx: int, num_bytes: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.sidecar["offsets"][idx])
-            data = file.read(num_bytes)
-        if len(data) != num_bytes:
-            raise ValueError(f"{self.path}: sample {idx} is cut short; run `make shards` again to rewrite this shard")
-        return data
+MAX_OPEN_FILES = 64  # of shards in use: a file that is open takes disk space even when it has been evicted
+RANGES_AT_A_TIME = 512  # of a remote shard whose records alone are read
 
 
 class ShardSet:
-    """All samples of a shard folder, numbered from 0 in shard order."""
+    """All samples of a shard set, numbered from 0 in shard order."""
 
-    def __init__(self, folder: Path) -> None:
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise ValueError(
-                f"{folder}: no finished shards here (no manifest.json); run `make shards OUT={folder}` first"
-            )
-        self.manifest = json.loads(manifest.read_text())
+    def __init__(self, place: str | Path, cache: Path | None = None, cache_limit_bytes: int | None = None) -> None:
+        """Reads the listings of the shard set, and of its shards nothing yet.
+
+        Args:
+            place: The folder or URL that `make shards` wrote. `file:///mnt/shards` is a mounted folder to read through
+                the cache, any other folder is read in place.
+            cache: The folder for shards from a URL. Sets get folders of their own there, which jobs may share.
+            cache_limit_bytes: Most bytes of all shards in `cache`; None: as many as there are.
+
+        Raises:
+            ValueError: There are no finished shards, or the cache is missing or too small.
+            OSError: They cannot be read.
+        """
+        self.place = str(place)
+        is_remote = "://" in self.place
+        if is_remote and cache is None:
+            raise ValueError(f"{place}: shards from a URL need a folder to be cached in: data.cache, or --cache")
+        options = {"remote": self.place, "cache_limit_bytes": cache_limit_bytes} if is_remote else {}
+        self.stream = TarStream(local=str(cache if is_remote else place), **options)
+        self.readers = self.stream.open()
+        self.manifest = self.stream.manifest
         self.fingerprint: str = self.manifest["fingerprint"]
-        index = json.loads((folder / "index.json").read_text())
-        self.readers = [TarReader(folder, shard) for shard in index["shards"]]
         self.shard_sizes = [len(reader) for reader in self.readers]
         self._ends = list(accumulate(self.shard_sizes))
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()  # its methods are atomic: no lock
+        self._max_open = MAX_OPEN_FILES
+        if is_remote and cache_limit_bytes:
+            largest = max(reader.raw_data.bytes for reader in self.readers)
+            self._max_open = min(MAX_OPEN_FILES, cache_limit_bytes // largest - 1)  # what is open is not evicted
+        self._prefetcher = Prefetcher(self._fetch_ahead)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_prefetcher")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _files=OrderedDict(), _prefetcher=Prefetcher(self._fetch_ahead))
+
     def record(self, number: int) -> dict[str, Any]:
         """Returns the record of a sample, images unread."""
-        reader, idx = self._locate(number)
-        return reader.get_record(idx)
+        return self._read(TarReader.read_record, *self._locate(number))
 
     def members(self, number: int) -> dict[str, bytes]:
-        """Returns every member of a sample by name: its record as `json` and its images."""
-        reader, idx = self._locate(number)
-        return reader[idx]
+        """Returns every member of a sample by name: its record as `json` and its images.
 
-    def _locate(self, number: int) -> tuple[TarReader, int]:
+        Raises:
+            DamagedShard: The sample is damaged, in the cache even after its shard has been fetched again.
+            OSError: Its shard cannot be fetched or stored.
+        """
+        return split_members(self._read(TarReader.read_sample, *self._locate(number)))
+
+    def records(self, shard: int) -> Iterator[dict[str, Any]]:
+        """Yields the records of a shard, images unread: a remote shard that is not in the cache is not downloaded."""
+        reader = self.readers[shard]
+        if self.stream.cache and not reader.path.is_file():
+            self._load_slots(reader)
+            yield from _remote_records(f"{self.place.rstrip('/')}/{reader.raw_data.basename}", reader)
+        else:
+            for idx in range(len(reader)):
+                yield self._read(TarReader.read_record, shard, idx)
+
+    def keys(self, shard: int) -> list[str]:
+        """Returns the keys of a shard's samples."""
+        self._load_slots(self.readers[shard])
+        return self.readers[shard].sidecar()["keys"]
+
+    def prefetch(self, shards: Sequence[int], threads: int = 4) -> None:
+        """Starts to download shards that will be needed soon, the first soonest, and returns at once.
+
+        Each call replaces the list of the call before. What does not fit into the cache beside the shards before it in
+        the list, and those this process reads, is left for later calls. A download that fails is tried again, and its
+        error raised, when the shard is read.
+        """
+        if self.stream.cache:
+            self._prefetcher.want(shards, threads)
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.place} has no sample {number}, only {len(self)}")
         shard = bisect_right(self._ends, number)
-        return self.readers[shard], number - (self._ends[shard] - self.shard_sizes[shard])
+        return shard, number - (self._ends[shard] - self.shard_sizes[shard])
+
+    def _read[T](self, read: Callable[[TarReader, OpenFile, int], T], shard: int, idx: int) -> T:
+        """Returns what is read of a sample, if need be from a fresh copy of its shard."""
+        reader, file = self.readers[shard], self._file(shard)
+        try:
+            return read(reader, file, idx)
+        except DamagedShard:
+            if not self.stream.cache:
+                raise
+        self._files.pop(shard, None)
+        return read(reader, self._file(shard, verify=True), idx)
+
+    def _file(self, shard: int, verify: bool = False) -> OpenFile:
+        """Returns the tar of a shard, which stays open, and readable even if another process evicts it."""
+        try:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        except KeyError:
+            reader = self.readers[shard]
+            self._load_slots(reader)
+            file = self.stream.open_file(reader.raw_data, verify=verify, keep=self._paths(self._files))
+            self._files[shard] = file
+            while len(self._files) > self._max_open:
+                self._files.popitem(last=False)
+            return file
+
+    def _load_slots(self, reader: TarReader) -> None:
+        if reader.slots is None:
+            self.stream.open_file(reader.raw_meta, verify=True)
+            reader.load()
+
+    def _fetch_ahead(self, shard: int, before: Sequence[int]) -> None:
+        """Brings a shard into the cache unless the shards in use, and those that are wanted before it, fill it."""
+        if shard not in self._files:
+            reader = self.readers[shard]
+            self._load_slots(reader)
+            self.stream.open_file(reader.raw_data, keep=self._paths([*self._files, *before]), wait=False)
+
+    def _paths(self, shards: Sequence[int] | OrderedDict[int, OpenFile]) -> set[Path]:
+        return {self.readers[shard].path for shard in tuple(shards)}
+
+
+def _remote_records(url: str, reader: TarReader) -> Iterator[dict[str, Any]]:
+    """Yields the records of a shard by ranged reads of its store, many at a time."""
+    slots = reader.load()
+    for first in range(0, len(reader), RANGES_AT_A_TIME):
+        starts, sizes = (column[first : first + RANGES_AT_A_TIME] for column in (slots.offsets, slots.sizes))
+        guesses = [(start, start + min(size, RECORD_GUESS_BYTES)) for start, size in zip(starts, sizes, strict=True)]
+        heads = read_ranges(url, guesses)
+        try:
+            ends = [record_end(head) for head in heads]
+            longer = [i for i, (head, end) in enumerate(zip(heads, ends, strict=True)) if len(head) < end]
+            more = read_ranges(url, [(starts[i], starts[i] + min(ends[i], sizes[i])) for i in longer])
+            whole = dict(zip(longer, more, strict=True))
+            records = [parse_record(whole.get(i, head)) for i, head in enumerate(heads)]
+        except ValueError:
+            raise DamagedShard(f"{url}: a record in samples {first} to {first + len(heads) - 1} is damaged") from None
+        yield from records
