@@ -160,6 +160,11 @@ class SaisaImageProcessor(BaseImageProcessor):
         last = self.crop_size or self.size
         return last["height"], last["width"]
 
+    @property
+    def padding_colour(self) -> tuple[int, ...]:
+        """Red, green and blue of what "pad" adds, 0..255: the mean colour. Source: LLaVA, `process_images`."""
+        return tuple(int(value * 255) for value in self.image_mean)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Returns `pixel_values` f32[N, 3, H, W].
 
@@ -176,11 +181,10 @@ class SaisaImageProcessor(BaseImageProcessor):
 
     def resize_to_uint8(self, image: Any) -> torch.Tensor:
         """Returns the pixels of an image as uint8[3, H, W], resized and padded or cropped, not yet normalised."""
-        self._check()  # again: transformers sets the options of from_pretrained behind the constructor's back
         rgb = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
         if self.image_aspect_ratio == "pad":
             rgb = self._pad_to_square(rgb)
-        height, width = self._resized_size(rgb)
+        height, width = self.resized_size(*rgb.size)
         crop_height, crop_width = self.output_size
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
         if height * width <= MAX_INTERMEDIATE_PIXELS:
@@ -199,13 +203,14 @@ class SaisaImageProcessor(BaseImageProcessor):
         scale, mean, std = constants[:, :, None, None]
         return (images.float() / scale - mean) / std
 
-    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
-        """Returns the height and width an image is resized to, before the crop."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the height and width that an image of this size (once padded) is resized to, before the crop."""
+        self._check()  # again: transformers sets the options of from_pretrained behind the constructor's back
         if "shortest_edge" not in self.size:
             return self.size["height"], self.size["width"]
         edge = self.size["shortest_edge"]
-        longest = int(edge * max(image.size) / min(image.size))
-        return (longest, edge) if image.width <= image.height else (edge, longest)
+        longest = int(edge * max(width, height) / min(width, height))
+        return (longest, edge) if width <= height else (edge, longest)
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         """Returns an image in the middle of a square of the mean colour. Source: LLaVA, `expand2square`."""
@@ -216,6 +221,6 @@ class SaisaImageProcessor(BaseImageProcessor):
             side = max(image.size)
         if image.width == image.height:
             return image
-        square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in self.image_mean))
+        square = Image.new("RGB", (side, side), self.padding_colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square

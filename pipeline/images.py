@@ -1,0 +1,164 @@
+"""From the bytes of an image file to the pixels of the vision encoder, as fast as one core can.
+
+    decode_image     bytes -> uint8[3, H, W], resized, padded or cropped, not yet normalised
+    is_fast          whether a file takes the fast path, by its header alone
+
+`SaisaImageProcessor` says what the pixels are, with Pillow; `exact` gives just these. Without it an ordinary JPEG, as
+nearly every photo is, goes through torchvision. Its decoder is the same library as Pillow's and gives the same pixels.
+Its resize applies the same filter with vector instructions and coefficients of 16 bits, and so rounds a little
+differently: one value in 300 is off by 1/255, one in a million by 2/255 (docs/benchmarks.md). Every other file takes
+the exact path, and only the exact path refuses a file.
+
+Nothing here sets the number of threads or any other state of the process.
+"""
+
+import io
+import struct
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from model.hf.image_processing_saisa import MAX_INTERMEDIATE_PIXELS, SaisaImageProcessor
+
+FILTERS = {2: "bilinear", 3: "bicubic"}
+"""What torch calls Pillow's filters of these numbers; it lacks the others."""
+
+# Source: ITU-T T.81, table B.1.
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
+FRAMES = (0xC0, 0xC1, 0xC2)
+"""Baseline, extended and progressive with Huffman codes: not lossless, hierarchical or arithmetic."""
+OTHER_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
+"""Huffman tables, quantization tables, the restart interval, a comment, application data 0 to 15."""
+
+
+def decode_image(data: bytes, processor: SaisaImageProcessor, exact: bool) -> Tensor:
+    """Returns the pixels of an image as uint8[3, H, W]; in memory the colours may be innermost, until they are stacked.
+
+    Args:
+        data: The bytes of the file.
+        processor: Says how to resize, pad and crop.
+        exact: Whether they must be `processor.resize_to_uint8`'s own, bit for bit; it takes twice as long.
+
+    Raises:
+        OSError: The file is truncated, damaged or not an image.
+        Image.DecompressionBombError: It has more pixels than Pillow allows.
+        ValueError: A setting of the processor is not supported.
+    """
+    image_HW3 = _decode_jpeg(data) if not exact and is_fast(data, processor) else None
+    if image_HW3 is not None:
+        return _fit(image_HW3, processor)
+    with Image.open(io.BytesIO(data)) as image:
+        return processor.resize_to_uint8(image)
+
+
+def is_fast(data: bytes, processor: SaisaImageProcessor) -> bool:
+    """Returns whether a file is a plain JPEG that is resized without special care for its size or filter."""
+    size = plain_jpeg_size(data)
+    if size is None or processor.resample not in FILTERS:
+        return False
+    height, width = (max(size), max(size)) if processor.image_aspect_ratio == "pad" else size
+    resized_height, resized_width = processor.resized_size(width, height)
+    return max(height * width, resized_height * resized_width) <= MAX_INTERMEDIATE_PIXELS
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Returns height and width in pixels of a JPEG without surprises, or None for any other file.
+
+    It holds one whole picture of 8 bits, gray or YCbCr, and no junk before its first scan. So left to Pillow are CMYK,
+    what Adobe's marker says is RGB, MPO (several pictures), files that are cut short, and heights told after the scan.
+    """
+    if not data.startswith(START_OF_IMAGE):
+        return None
+    position, size = len(START_OF_IMAGE), None
+    while position + 4 <= len(data):
+        prefix, marker, num_bytes = struct.unpack_from(">BBH", data, position)
+        segment = data[position + 4 : position + 2 + num_bytes]
+        if prefix != 0xFF:
+            return None
+        if marker == START_OF_SCAN:  # the scan cannot hold the two bytes of the end: it writes ff as ff 00
+            return size if data.rfind(END_OF_IMAGE, position) >= 0 else None
+        if marker in FRAMES and size is None:
+            size = _frame_size(segment)
+            if size is None:
+                return None
+        elif marker not in OTHER_SEGMENTS or _is_surprise(marker, segment):
+            return None
+        position += 2 + num_bytes
+    return None
+
+
+def _frame_size(segment: bytes) -> tuple[int, int] | None:
+    """Returns height and width by a frame header that has 8 bits and one or three components."""
+    if len(segment) not in (9, 15):  # 6 bytes, and 3 for each component
+        return None
+    bits, height, width, num_components = struct.unpack_from(">BHHB", segment)
+    plain = bits == 8 and len(segment) == 6 + 3 * num_components and height and width
+    return (height, width) if plain else None
+
+
+def _is_surprise(marker: int, segment: bytes) -> bool:
+    """Returns whether application data say that the colours are not YCbCr, or that more pictures follow."""
+    if marker == 0xEE and segment.startswith(b"Adobe"):
+        return segment[11:12] != b"\1"
+    return marker == 0xE2 and segment.startswith(b"MPF\0")
+
+
+def _decode_jpeg(data: bytes) -> Tensor | None:
+    """Returns the pixels of a plain JPEG as they are stored, uint8[H, W, 3], or None if it is damaged.
+
+    Then Pillow judges it, which knows the same kinds of damage. The header has told of cut files already because
+    torchvision 0.26 loses the memory of a picture on which it fails (pytorch/vision issue 9383).
+    """
+    writable = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of bytes, which are not
+    try:
+        return cast(Tensor, decode_jpeg(writable, mode=ImageReadMode.RGB)).permute(1, 2, 0)
+    except RuntimeError:
+        return None
+
+
+def _fit(image_HW3: Tensor, processor: SaisaImageProcessor) -> Tensor:
+    """Returns an image resized, padded and cropped in the processor's geometry, uint8[3, H, W]."""
+    mode = FILTERS[processor.resample]
+    height, width, _ = image_HW3.shape
+    if processor.image_aspect_ratio == "pad":
+        side, colour = max(height, width), processor.padding_colour
+        new_height, new_width = processor.resized_size(side, side)
+        if height < width:  # Rows are resized before columns, so those of padding need not be there yet.
+            image_HW3 = _pad(_resize(image_HW3, height, new_width, mode), 0, side, colour)
+        elif height > width:
+            image_HW3 = _pad(image_HW3, 1, side, colour)
+    else:
+        new_height, new_width = processor.resized_size(width, height)
+    image_HW3 = _resize(image_HW3, new_height, new_width, mode)
+    crop_height, crop_width = processor.output_size
+    top, left = (new_height - crop_height) // 2, (new_width - crop_width) // 2
+    return image_HW3[top : top + crop_height, left : left + crop_width].permute(2, 0, 1)
+
+
+def _resize(image_HW3: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Returns an image resized in Pillow's order, which decides what is rounded and clipped in between.
+
+    It is rows, then columns; since Pillow 13 (pull request 9549) columns first where they shrink by more than twice as
+    many pixels as rows do.
+    """
+    old_height, old_width, _ = image_HW3.shape
+    sizes = [(height, width)]
+    if old_height - height > max(0, 2 * (old_width - width)):
+        sizes = [(height, old_width), *sizes]
+    batch_B3HW = image_HW3[None].permute(0, 3, 1, 2)  # colours innermost in memory, and torch must see that they are
+    for size in sizes:
+        batch_B3HW = interpolate(batch_B3HW, size, mode=mode, antialias=True)
+    return batch_B3HW[0].permute(1, 2, 0)
+
+
+def _pad(image_HW3: Tensor, axis: int, side: int, colour: tuple[int, ...]) -> Tensor:
+    """Returns an image between two bands of one colour, `side` pixels high (axis 0) or wide (axis 1)."""
+    num_missing = side - image_HW3.shape[axis]
+    num_before, num_after = num_missing // 2, num_missing - num_missing // 2
+    height, width = (num_after, image_HW3.shape[1]) if axis == 0 else (image_HW3.shape[0], num_after)
+    band_HW3 = torch.frombuffer(bytearray(colour) * (height * width), dtype=torch.uint8).view(height, width, 3)
+    return torch.cat([band_HW3.narrow(axis, 0, num_before), image_HW3, band_HW3], axis)
