@@ -1,11 +1,14 @@
 """What a SAISA step costs, from the sizes alone."""
 
+import numpy as np
+
 from model.config import ModelConfig
 
 
-def forward_flops(model: ModelConfig, num_text: int, num_visual: int) -> int:
-    """Returns the FLOPs of one sample's forward pass: a multiply and an add count as two, norms and softmax as none.
+def forward_flops[Count: (int, np.ndarray)](model: ModelConfig, num_text: Count, num_visual: Count) -> Count:
+    """Returns the FLOPs of one sample's forward pass, or of each sample's for arrays.
 
+    A multiply and an add count as two, norms and softmax as none.
     Visual tokens pay for the projector and for keys and values; queries, attention output and the FFN are text only
     (arXiv 2502.02458, appendix A.2). Attention is counted for full rectangles, as the paper does.
     """

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data_prep.files import sync_folder, write_whole
 from model.saisa import SaisaModel
 from pipeline.config import RunConfig
+from pipeline.lengths import tokenizer_fingerprint
 from pipeline.optimizer import load_optimizer_state
 
 MIB = 1 << 20
@@ -38,10 +39,14 @@ class RunInfo:
     model: dict[str, Any]
     base: str
     projector: str
-    shards: str
+    shards: list[list[Any]]
+    tokenizer: str
     template: str
     image_aspect_ratio: str
     max_positions: int
+    max_text_tokens_per_pack: int
+    max_images_per_pack: int
+    shards_in_use: int
     global_batch_size: int
     seed: int
     precision: str
@@ -49,17 +54,21 @@ class RunInfo:
     num_steps: int
 
 
-def describe_run(config: RunConfig, shards_fingerprint: str, num_steps: int) -> RunInfo:
+def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: int) -> RunInfo:
     """Returns the facts that a resumed run must share."""
     return RunInfo(
         stage=config.stage,
         model=config.model.model_dump(mode="json"),
         base=base_fingerprint(config.init.base),
         projector=config.init.projector,
-        shards=shards_fingerprint,
+        shards=[[name, source.repeat] for name, source in zip(shard_fingerprints, config.data.shards, strict=True)],
+        tokenizer=tokenizer_fingerprint(config.init.base),
         template=config.data.template,
         image_aspect_ratio=config.data.image_aspect_ratio,
         max_positions=config.data.max_positions,
+        max_text_tokens_per_pack=config.data.max_text_tokens_per_pack,
+        max_images_per_pack=config.data.max_images_per_pack,
+        shards_in_use=config.data.shards_in_use,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         precision=config.train.precision,

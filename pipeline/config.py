@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator, model_validator
 
 from data_prep.console import UsageError
 from model.config import ModelConfig, Section
@@ -33,10 +33,22 @@ class InitConfig(Section):
     )
 
 
+class ShardSource(Section):
+    """One shard set of a mixture."""
+
+    place: str = Field(description="folder or URL written by `make shards`")
+    repeat: float = Field(default=1.0, gt=0, description="how often an epoch brings each sample; 0.5: every other one")
+
+
 class DataConfig(Section):
     """Which samples, and how they become packs."""
 
-    shards: Path = Field(description="folder written by `make shards`")
+    shards: tuple[ShardSource, ...] = Field(min_length=1, description="a place, or a list of places with repeats")
+    cache: Path = Field(
+        default=Path("runs/cache"), description="folder for token lengths and for shards from a URL: a fast local disk"
+    )
+    cache_limit: ByteSize | None = Field(default=None, description="most bytes of shards in the cache, such as 200GB")
+    shards_in_use: int = Field(default=32, gt=0, le=32, description="shards that are mixed at a time")
     template: str = Field(description=f"one of {', '.join(TEMPLATES)}")
     image_aspect_ratio: Literal["square", "pad"] = "square"
     max_positions: int = Field(
@@ -44,7 +56,16 @@ class DataConfig(Section):
     )
     max_text_tokens_per_pack: int = Field(default=2048, gt=0)
     max_images_per_pack: int = Field(default=8, gt=0)
-    prefetch_steps: int = Field(default=2, ge=0, description="global batches prepared ahead; 0: in the loop")
+    row_multiple: int = Field(default=1, gt=0, description="text rows of a pack are filled up to a multiple of this")
+    exact_images: bool = Field(default=False, description="Pillow's pixels for JPEG too: slower, within 1/255 or so")
+    num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: a thread of the trainer")
+    prefetch_steps: int = Field(default=2, ge=0, description="steps prepared ahead, by each worker process if any")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _list_of_sources(cls, value: Any) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        return [{"place": str(item)} if isinstance(item, str | Path) else item for item in values]
 
 
 class OptimConfig(Section):
@@ -149,8 +170,11 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
 def resolve_paths(config: RunConfig, root: Path) -> RunConfig:
     """Returns the run with its relative paths taken from `root`, for processes that start somewhere else."""
     values = config.model_dump()
-    for section, key in (("init", "base"), ("data", "shards")):
+    for section, key in (("init", "base"), ("data", "cache")):
         values[section][key] = root / values[section][key]
+    for source in values["data"]["shards"]:
+        if "://" not in source["place"]:
+            source["place"] = str(root / source["place"])
     if values["init"]["projector"] not in PROJECTOR_WORDS:
         values["init"]["projector"] = str(root / values["init"]["projector"])
     values["run_dir"] = root / values["run_dir"]

@@ -1,31 +1,38 @@
-"""One JSON record to a micro-batch: read, encode, pack, decode.
+"""One JSON record to a micro-batch: read, encode, decode, pack.
 
-`BatchSource.batch(step)` is a pure function of (shards, seed, step): every rank encodes the text of the whole global
-batch, so all agree on the packs and on the number of targets; each then decodes the images of its own packs only.
+The schedule says which samples a rank gets at a step; this file reads those and no others. A batch is a function of its
+step alone, so worker processes prepare steps in any order and the run is the same with any number of them.
 """
 
-import io
 import json
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
+from typing import Self
 
+import numpy as np
 import torch
-from numpy import ndarray
-from PIL import Image
+from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer
 
-from model.flops import forward_flops
 from model.hf.image_processing_saisa import SaisaImageProcessor
-from model.pack import Pack, empty_pack
+from model.pack import IGNORE_INDEX, Pack, empty_pack
 from pipeline.config import RunConfig
-from pipeline.order import batch_position, order, steps_per_epoch
-from pipeline.packing import SampleSize, deal, pack_samples
+from pipeline.distributed import worker_context
+from pipeline.images import decode_image
+from pipeline.lengths import Encoding, LengthTable, join, length_table
+from pipeline.order import Source, shard_sequence
+from pipeline.packing import padded_rows
 from pipeline.samples import Sample, build_sample
+from pipeline.schedule import BatchCounts, Schedule
 from pipeline.shards import ShardSet
-from pipeline.templates import ConversationError, Tokenizer
+from pipeline.start import load_image_processor
+from pipeline.templates import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,20 +41,6 @@ class MicroBatch:
 
     pack: Pack
     pixels_B3HW: Tensor
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """What the whole global batch holds, over all ranks. `num_skipped` samples could not be encoded."""
-
-    num_samples: int
-    num_skipped: int
-    num_targets: int
-    num_dropped_targets: int
-    num_truncated_tokens: int
-    num_text_tokens: int
-    num_visual_tokens: int
-    forward_flops: int
 
 
 @dataclass(frozen=True)
@@ -60,69 +53,89 @@ class GlobalBatch:
     counts: BatchCounts
     problems: list[str]
 
+    def pin_memory(self) -> Self:
+        """Moves the pixels to memory that a GPU copies from while it computes; the DataLoader calls this."""
+        for micro_batch in self.micro_batches:
+            object.__setattr__(micro_batch, "pixels_B3HW", micro_batch.pixels_B3HW.pin_memory())
+        return self
 
-class BatchSource:
-    """The global batches of a run, as one data-parallel rank sees them."""
+
+class Mixture:
+    """The samples of several shard sets, numbered through."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self.sets = list(sets)
+        self._ends = list(accumulate(len(shards) for shards in sets))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, number: int) -> tuple[ShardSet, int]:
+        """Returns the shard set of a sample and its number there."""
+        part = bisect_right(self._ends, number)
+        return self.sets[part], number - (self._ends[part] - len(self.sets[part]))
+
+    def prefetch(self, numbers: np.ndarray) -> None:
+        """Lets the shards of samples that will be read soon, int64[n], be downloaded in the order of first need."""
+        for shards, end in zip(self.sets, self._ends, strict=True):
+            local = numbers - (end - len(shards))
+            mine = local[(local >= 0) & (local < len(shards))]
+            starts = np.cumsum([0, *shards.shard_sizes])[:-1]
+            shards.prefetch(list(shard_sequence(mine, starts)))
+
+
+class BatchSource(Dataset[GlobalBatch]):
+    """The global batches of a run, as one data-parallel rank sees them: item `step` is its share of that step."""
 
     def __init__(
         self,
         config: RunConfig,
-        shards: ShardSet,
+        schedule: Schedule,
+        samples: Mixture,
         tokenizer: Tokenizer,
         image_processor: SaisaImageProcessor,
         rank: int,
-        num_ranks: int,
     ) -> None:
-        self.config, self.shards = config, shards
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.rank, self.num_ranks = rank, num_ranks
-        self.num_steps = steps_per_epoch(len(shards), config.train.global_batch_size) * config.train.num_epochs
-        if config.train.max_steps is not None:
-            self.num_steps = min(self.num_steps, config.train.max_steps)
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self.config, self.schedule, self.samples = config, schedule, samples
+        self.tokenizer, self.image_processor, self.rank = tokenizer, image_processor, rank
+        self.num_steps = schedule.num_steps
+        samples_per_shard = -(-len(samples) // sum(len(shards.shard_sizes) for shards in samples.sets))
+        self.num_ahead = 2 * config.data.shards_in_use * samples_per_shard  # what is mixed now, and next
 
-    def batch(self, step: int) -> GlobalBatch:
-        """Returns the global batch of `step`, counted from 0."""
-        data, v = self.config.data, self.config.model.vision.num_tokens
-        epoch, part = batch_position(step, len(self.shards), self.config.train.global_batch_size)
-        numbers = [int(number) for number in self._order(epoch)[part]]
-        samples, kept, problems = [], [], []
-        for number in numbers:
-            try:
-                samples.append(self._encode(number))
-                kept.append(number)
-            except ConversationError as error:
-                problems.append(f"skipped: {error}")
-        sizes = [SampleSize(len(s.text_token_ids), len(s.image_positions)) for s in samples]
-        flops = [forward_flops(self.config.model, size.num_text, size.num_images * v) for size in sizes]
-        packs = pack_samples(sizes, data.max_text_tokens_per_pack, data.max_images_per_pack)
-        mine = deal(packs, self.num_ranks, flops.__getitem__)[self.rank]
-        micro_batches = [self._micro_batch([(kept[i], samples[i]) for i in pack]) for pack in mine]
-        if not micro_batches:
-            micro_batches = [MicroBatch(empty_pack(v), self._stack([]))]
-        counts = BatchCounts(
-            num_samples=len(samples),
-            num_skipped=len(problems),
-            num_targets=sum(s.num_targets for s in samples),
-            num_dropped_targets=sum(s.num_dropped_targets for s in samples),
-            num_truncated_tokens=sum(s.num_truncated_tokens for s in samples),
-            num_text_tokens=sum(size.num_text for size in sizes),
-            num_visual_tokens=sum(size.num_images for size in sizes) * v,
-            forward_flops=sum(flops),
-        )
-        return GlobalBatch(step, epoch, micro_batches, counts, problems)
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> GlobalBatch:
+        """Returns this rank's share of the global batch of `step`, counted from 0."""
+        plan = self.schedule.plan(step)
+        self.samples.prefetch(self.schedule.samples(step, self.num_ahead))
+        micro_batches = [self._micro_batch(pack) for pack in plan.packs[self.rank]]
+        problems = [f"skipped: {self.schedule.table.problems[number]}" for number in plan.skipped]
+        return GlobalBatch(step, plan.epoch, micro_batches or [self._nothing()], plan.counts, problems)
 
     def batches(self, first_step: int) -> Iterator[GlobalBatch]:
-        """Yields the batches from `first_step` to the end, prepared ahead of need by a thread."""
-        ahead = self.config.data.prefetch_steps
-        if not ahead:
-            yield from map(self.batch, range(first_step, self.num_steps))
+        """Yields the batches from `first_step` to the end, prepared ahead of need by worker processes or a thread."""
+        data, steps = self.config.data, range(first_step, self.num_steps)
+        if not data.num_workers:
+            yield from self._read_ahead(steps)
             return
+        yield from DataLoader(
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=data.num_workers,
+            prefetch_factor=max(1, data.prefetch_steps),
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=worker_context(),
+        )
+
+    def _read_ahead(self, steps: range) -> Iterator[GlobalBatch]:
+        ahead = self.config.data.prefetch_steps
         with ThreadPoolExecutor(1, "prefetch") as executor:
             waiting: deque[Future[GlobalBatch]] = deque()
             try:
-                for step in range(first_step, self.num_steps):
-                    waiting.append(executor.submit(self.batch, step))
+                for step in steps:
+                    waiting.append(executor.submit(self.__getitem__, step))
                     if len(waiting) > ahead:
                         yield waiting.popleft().result()
                 while waiting:
@@ -130,47 +143,107 @@ class BatchSource:
             finally:
                 executor.shutdown(cancel_futures=True)
 
-    def _epoch_order(self, epoch: int) -> ndarray:
-        return order(self.config.train.seed, epoch, self.shards.shard_sizes)
+    def _micro_batch(self, numbers: list[int]) -> MicroBatch:
+        samples, images = [], []
+        for number in numbers:
+            sample, pixels = self._read(number)
+            samples.append(sample)
+            images += pixels
+        v = self.config.model.vision.num_tokens
+        return MicroBatch(build_pack(samples, v, self.config.data.row_multiple), self._stack(images))
 
-    def _encode(self, number: int) -> Sample:
-        data, v = self.config.data, self.config.model.vision.num_tokens
-        return build_sample(self.shards.record(number), data.template, self.tokenizer, v, data.max_positions)
+    def _read(self, number: int) -> tuple[Sample, list[Tensor]]:
+        """Returns a sample and the pixels of the images it keeps."""
+        shards, local = self.samples.locate(number)
+        members, data = shards.members(local), self.config.data
+        record = json.loads(members["json"])
+        v = self.config.model.vision.num_tokens
+        sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions)
+        if len(sample.text_token_ids) != self.schedule.table.column("num_text")[number]:
+            raise ValueError(
+                f"{shards.place}: record {record['id']} has {len(sample.text_token_ids)} text tokens, but not in the "
+                f"length table; delete lengths-*.npz in data.cache={data.cache}"
+            )
+        stored = [record["images"][i] for i in sample.image_indices]
+        return sample, [self._decode(members[image["member"]], record, image, shards) for image in stored]
 
-    def _micro_batch(self, members: list[tuple[int, Sample]]) -> MicroBatch:
-        images = [image for number, sample in members for image in self._images(number, sample)]
-        return MicroBatch(
-            build_pack([sample for _, sample in members], self.config.model.vision.num_tokens), self._stack(images)
-        )
+    def _decode(self, data: bytes, record: dict, image: dict, shards: ShardSet) -> Tensor:
+        try:
+            return decode_image(data, self.image_processor, self.config.data.exact_images)
+        except (OSError, ValueError) as error:
+            name = f"record {record['id']} (index {record['source_index']}), image {image['path']}"
+            raise ValueError(f"{shards.place}: {name} does not decode: {error}") from None
 
-    def _images(self, number: int, sample: Sample) -> list[Tensor]:
-        if not len(sample.image_indices):
-            return []
-        members = self.shards.members(number)
-        stored = json.loads(members["json"])["images"]
-        return [self._decode(members[stored[i]["member"]]) for i in sample.image_indices]
-
-    def _decode(self, data: bytes) -> Tensor:
-        with Image.open(io.BytesIO(data)) as image:
-            return torch.as_tensor(self.image_processor.resize_to_uint8(image))
+    def _nothing(self) -> MicroBatch:
+        empty = empty_pack(self.config.model.vision.num_tokens)
+        return MicroBatch(empty, self._stack([]))
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         size = self.config.model.vision.image_size
         return torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
 
 
-def build_pack(samples: list[Sample], num_tokens_per_image: int) -> Pack:
-    """Returns the samples in one row, in the given order."""
+def open_shards(config: RunConfig) -> list[ShardSet]:
+    """Returns the shard sets of a run.
 
-    def row(name: str) -> Tensor:
-        return torch.cat([torch.as_tensor(getattr(sample, name), dtype=torch.long) for sample in samples])
+    Raises:
+        ValueError: One is not there, unfinished or damaged.
+    """
+    data = config.data
+    sets = [ShardSet(source.place, data.cache, data.cache_limit) for source in data.shards]
+    largest = max(
+        (reader.raw_data.bytes for shards in sets for reader in shards.readers if "://" in shards.place), default=0
+    )
+    if data.cache_limit is not None and data.cache_limit < largest * data.shards_in_use:
+        raise ValueError(
+            f"data.cache_limit={data.cache_limit:,} holds fewer than data.shards_in_use={data.shards_in_use} shards of "
+            f"{largest:,} bytes, so each would be fetched again and again; raise the limit or mix fewer shards"
+        )
+    return sets
 
+
+def load_table(config: RunConfig, sets: Sequence[ShardSet], console: Console) -> LengthTable:
+    """Returns the lengths of all samples of a run, computing what no earlier run has left in the cache."""
+    data = config.data
+    encoding = Encoding(config.init.base, data.template, config.model.vision.num_tokens, data.max_positions)
+    return join([length_table(shards, encoding, data.cache, console) for shards in sets])
+
+
+def build_source(
+    config: RunConfig, sets: Sequence[ShardSet], table: LengthTable, rank: int, num_ranks: int
+) -> BatchSource:
+    """Returns the batches of a run for one of `num_ranks` data-parallel ranks."""
+    sources = [Source(tuple(s.shard_sizes), part.repeat) for s, part in zip(sets, config.data.shards, strict=True)]
+    return BatchSource(
+        config,
+        Schedule(config, sources, table, num_ranks),
+        Mixture(sets),
+        AutoTokenizer.from_pretrained(config.init.base),
+        load_image_processor(config.init.base, config.data.image_aspect_ratio),
+        rank,
+    )
+
+
+def build_pack(samples: list[Sample], num_tokens_per_image: int, row_multiple: int = 1) -> Pack:
+    """Returns the samples in one row, in the given order.
+
+    The row is filled up to a multiple of `row_multiple` by a last sample of text that has no target, and that no other
+    sample sees: kernels for 8-bit numbers and sequence parallelism want that.
+    """
+
+    def row(name: str, fill: list[int]) -> Tensor:
+        values = [torch.as_tensor(getattr(sample, name), dtype=torch.long) for sample in samples]
+        return torch.cat([*values, torch.tensor(fill, dtype=torch.long)])
+
+    lengths = [len(sample.text_token_ids) for sample in samples]
+    num_padding = padded_rows(sum(lengths), row_multiple) - sum(lengths)
+    padding = [num_padding] if num_padding else []
     return Pack(
-        token_ids_T=row("text_token_ids"),
-        positions_T=row("text_positions"),
-        targets_T=row("targets"),
-        image_positions=row("image_positions"),
-        text_lengths=[len(sample.text_token_ids) for sample in samples],
-        image_counts=[len(sample.image_positions) for sample in samples],
+        token_ids_T=row("text_token_ids", [0] * num_padding),
+        positions_T=row("text_positions", list(range(num_padding))),
+        targets_T=row("targets", [IGNORE_INDEX] * num_padding),
+        image_positions=row("image_positions", []),
+        text_lengths=lengths + padding,
+        image_counts=[len(sample.image_positions) for sample in samples] + [0] * len(padding),
         num_tokens_per_image=num_tokens_per_image,
     )

@@ -5,7 +5,11 @@ Under torchrun (or Ray) the environment says who this process is; without it, th
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -33,6 +37,35 @@ def initialize_distributed() -> torch.device:
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def computed_once[Value](compute: Callable[[], Value]) -> Value:
+    """Returns on every rank what the first rank computes; the others wait.
+
+    Raises:
+        ValueError: On every rank, if the first raises it.
+    """
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = compute()
+        except (ValueError, OSError) as error:
+            box[1] = str(error)
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    return box[0]
+
+
+def worker_context() -> BaseContext:
+    """Returns how to start processes that read and encode.
+
+    A fork of a trainer would inherit the locks of its threads and its CUDA context; these fork from a clean server that
+    has imported what they need.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.data"])
+    return context
 
 
 def shutdown_distributed() -> None:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.files import write_whole
 from pipeline.config import LogConfig
-from pipeline.data import BatchCounts
+from pipeline.schedule import BatchCounts
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,36 @@ The order is decided before a byte is read and does not know how many machines w
 process or a thousand sees the same batches, and resuming continues with the very next sample.
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
 
-SHARDS_IN_USE = 32  # shards mixed at a time; a batch that spans two groups touches twice as many
+
+class Source(NamedTuple):
+    """One shard set of a mixture: the samples of each shard, and how often an epoch brings each sample.
+
+    `repeat` 2.5 means: every sample twice, and a half of them, another half each epoch, a third time.
+    """
+
+    shard_sizes: tuple[int, ...]
+    repeat: float = 1.0
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples that one epoch takes from it."""
+        num_samples = sum(self.shard_sizes)
+        return int(self.repeat) * num_samples + round(self.repeat % 1 * num_samples)
 
 
-def order(seed: int, epoch: int, shard_sizes: list[int]) -> np.ndarray:
-    """Returns int64[num_samples]: every sample number once, mixed within groups of `SHARDS_IN_USE` random shards.
+def order(seed: int, epoch: int, sources: Sequence[Source], shards_in_use: int) -> np.ndarray:
+    """Returns int64[num_samples], the samples of an epoch in their order, numbered through all sources.
 
-    Example: two groups of two shards with sizes 2, 2, 2, 2 may give [5 0 4 1 | 7 2 3 6].
+    Shards come in random order, mixed in groups of `shards_in_use`, so that no more are needed at a time; a batch that
+    spans two groups touches twice as many.
+
+    Example: four shards of two samples in groups of two may give [5 0 4 1 | 7 2 3 6].
     """
     bits = np.random.PCG64([seed, epoch])
 
@@ -20,13 +41,32 @@ def order(seed: int, epoch: int, shard_sizes: list[int]) -> np.ndarray:
         # numpy keeps the raw stream stable across versions, its `permutation` not: a resumed run must not be reordered
         return numbers[np.argsort(bits.random_raw(len(numbers)), kind="stable")]
 
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = shuffled(np.arange(len(shard_sizes)))
-    groups = []
-    for first in range(0, len(shards), SHARDS_IN_USE):
-        members = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + SHARDS_IN_USE]]
-        groups.append(shuffled(np.concatenate(members)))
-    return np.concatenate(groups) if groups else np.zeros(0, dtype=np.int64)
+    pieces: list[np.ndarray] = []
+    first = 0
+    for source in sources:
+        starts = first + np.concatenate([[0], np.cumsum(source.shard_sizes, dtype=np.int64)])
+        first = int(starts[-1])
+        whole = [np.arange(start, end) for start, end in pairwise(starts)]
+        pieces += whole * int(source.repeat)
+        if num_more := source.num_drawn - int(source.repeat) * (first - int(starts[0])):
+            more = np.sort(shuffled(np.arange(starts[0], first))[:num_more])
+            pieces += [piece for piece in np.split(more, np.searchsorted(more, starts[1:-1])) if len(piece)]
+    turn = shuffled(np.arange(len(pieces)))
+    groups = [turn[i : i + shards_in_use] for i in range(0, len(turn), shards_in_use)]
+    mixed = [shuffled(np.concatenate([pieces[piece] for piece in group])) for group in groups]
+    return np.concatenate(mixed) if mixed else np.zeros(0, dtype=np.int64)
+
+
+def shard_sequence(numbers: np.ndarray, shard_starts: np.ndarray) -> Iterator[int]:
+    """Yields each shard that the samples `numbers` need, in the order of first need.
+
+    Args:
+        numbers: int64[n], samples in the order they will be read.
+        shard_starts: int64[num_shards], the number of each shard's first sample, ascending.
+    """
+    shards = np.searchsorted(shard_starts, numbers, side="right") - 1
+    _, first_use = np.unique(shards, return_index=True)
+    yield from shards[np.sort(first_use)].tolist()
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

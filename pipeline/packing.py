@@ -1,11 +1,12 @@
-"""Inside a global batch: samples into packs, packs to data-parallel ranks. Pure functions of the sizes alone.
+"""Inside a global batch: samples to data-parallel ranks, a rank's samples into packs. Functions of the sizes alone.
 
-A pack is a micro-batch. Packs are filled under a text-token and an image budget, then dealt so that the predicted
-FLOPs of the ranks, not their token counts, are even.
+Samples are dealt one by one so that the predicted FLOPs of the ranks, not their token counts, are even; whole packs
+would be too coarse for that. Each rank then packs what it got under a text-token and an image budget. A pack is a
+micro-batch.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -14,6 +15,26 @@ class SampleSize(NamedTuple):
 
     num_text: int
     num_images: int
+
+
+def deal_samples(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Returns each rank's samples: the costliest that is left goes to the rank with the least work so far.
+
+    Ranks may get different numbers of samples, or none. Source: longest processing time first (Graham, 1969).
+    """
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    load = [(0.0, rank) for rank in range(num_ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        work, rank = heapq.heappop(load)
+        ranks[rank].append(i)
+        heapq.heappush(load, (work + costs[i], rank))
+    return ranks
+
+
+def imbalance(ranks: Sequence[Sequence[int]], costs: Sequence[float]) -> float:
+    """Returns by which fraction the busiest rank has more work than the average one: time the others wait."""
+    work = [sum(costs[i] for i in rank) for rank in ranks]
+    return max(work) * len(work) / sum(work) - 1 if sum(work) else 0.0
 
 
 def pack_samples(sizes: Sequence[SampleSize], max_text: int, max_images: int) -> list[list[int]]:
@@ -36,16 +57,6 @@ def pack_samples(sizes: Sequence[SampleSize], max_text: int, max_images: int) ->
     return packs
 
 
-def deal(packs: list[list[int]], num_ranks: int, cost: Callable[[int], float]) -> list[list[list[int]]]:
-    """Returns each rank's packs: the costliest pack left goes to the rank with the least work so far.
-
-    `cost` gives the predicted FLOPs of a sample. Ranks may get different numbers of packs, or none.
-    """
-    costs = [sum(map(cost, pack)) for pack in packs]
-    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    load = [(0.0, rank) for rank in range(num_ranks)]
-    for i in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
-        work, rank = heapq.heappop(load)
-        ranks[rank].append(packs[i])
-        heapq.heappush(load, (work + costs[i], rank))
-    return ranks
+def padded_rows(num_rows: int, multiple: int) -> int:
+    """Returns the next multiple of `multiple` that is at least `num_rows`, and at least one multiple."""
+    return max(1, -(-num_rows // multiple)) * multiple

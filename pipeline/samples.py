@@ -17,6 +17,9 @@ import numpy as np
 
 from pipeline.templates import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConversationError, Tokenizer, encode_conversation
 
+ENCODING = 1
+"""Raised when a record would become other tokens than before: cached token lengths are then computed again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -41,6 +44,10 @@ class Sample:
     num_targets: int
     num_dropped_targets: int
     num_truncated_tokens: int
+
+    def counts(self) -> tuple[int, int, int]:
+        """Returns the numbers of targets, dropped targets and truncated tokens."""
+        return self.num_targets, self.num_dropped_targets, self.num_truncated_tokens
 
 
 def build_sample(

@@ -19,8 +19,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from rich.console import Console
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from data_prep.console import run
 from data_prep.output import code_version
@@ -30,12 +30,11 @@ from model.saisa import SaisaModel
 from model.vision import encode_images, load_vision_tower
 from pipeline.checkpoint import RunInfo, describe_run, latest_checkpoint, restore_checkpoint, save_checkpoint
 from pipeline.config import RunConfig, load_config, to_yaml
-from pipeline.data import BatchSource, GlobalBatch, MicroBatch
-from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.data import BatchSource, GlobalBatch, MicroBatch, build_source, load_table, open_shards
+from pipeline.distributed import computed_once, initialize_distributed, shutdown_distributed
 from pipeline.metrics import MetricsLog, StepMetrics
 from pipeline.optimizer import DTYPES, build_optimizer, freeze, learning_rate, wrap
-from pipeline.shards import ShardSet
-from pipeline.start import base_model_config, initial_parameters, load_image_processor
+from pipeline.start import base_model_config, initial_parameters
 
 
 @dataclass
@@ -88,15 +87,9 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
             f"{config.init.base}: not the model of this run: {'; '.join(differing)}; fix `model:` or init.base"
         )
     groups, dtype = ProcessGroupCollection.use_mpu_process_groups(), DTYPES[config.train.precision]
-    shards = ShardSet(config.data.shards)
-    source = BatchSource(
-        config,
-        shards,
-        AutoTokenizer.from_pretrained(config.init.base),
-        load_image_processor(config.init.base, config.data.image_aspect_ratio),
-        groups.dp.rank(),
-        groups.dp.size(),
-    )
+    sets = open_shards(config)
+    table = computed_once(lambda: load_table(config, sets, Console(stderr=True)))
+    source = build_source(config, sets, table, groups.dp.rank(), groups.dp.size())
     model = SaisaModel(config.model, config.stage == "pretrain", dtype, groups)
     initial_parameters(config, model)
     trained = freeze(model, config.stage)
@@ -111,7 +104,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         optimizer=build_optimizer(wrapped, config, groups),
         tower=load_vision_tower(config.init.base, dtype, device),
         source=source,
-        run=describe_run(config, shards.fingerprint, source.num_steps),
+        run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
         trained=trained,
     )
 
@@ -206,7 +199,7 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
         f"({len(state.trained)} tensors, {state.trained[0]} ... {state.trained[-1]}); the vision encoder is frozen"
     )
     log.say(
-        f"{len(state.source.shards):,} samples, {state.source.num_steps:,} steps of "
+        f"{state.source.schedule.num_drawn:,} samples an epoch, {state.source.num_steps:,} steps of "
         f"{state.config.train.global_batch_size} on {state.groups.dp.size()} data-parallel ranks, "
         f"from step {state.step}; run folder {state.config.run_dir}"
     )

@@ -31,6 +31,7 @@ class World:
             "data.shards": self.root / "shards",
             "data.template": "v1",
             "data.max_text_tokens_per_pack": 256,
+            "data.cache": self.root / "cache",
             "data.prefetch_steps": 0,
             "model.num_layers": 2,
             "model.vocab_size": 384,

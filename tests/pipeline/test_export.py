@@ -26,7 +26,7 @@ def test_logits_equal_the_training_models(stage2, exported):
     state = build(stage2, initialize_distributed())
     restore_checkpoint(find_checkpoint(stage2.run_dir), state.run, state.model, state.optimizer, state.groups)
     num_tokens, image_token = stage2.model.vision.num_tokens, hf.config.image_token_id
-    for micro_batch in state.source.batch(0).micro_batches:
+    for micro_batch in state.source[0].micro_batches:
         pack = micro_batch.pack
         pixels = state.source.image_processor.normalize(micro_batch.pixels_B3HW)
         with torch.no_grad():

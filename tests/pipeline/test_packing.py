@@ -2,7 +2,9 @@
 
 import random
 
-from pipeline.packing import SampleSize, deal, pack_samples
+import pytest
+
+from pipeline.packing import SampleSize, deal_samples, imbalance, pack_samples, padded_rows
 
 
 def test_packs_hold_every_sample_once_within_both_budgets():
@@ -22,6 +24,17 @@ def test_a_sample_over_budget_gets_a_pack_of_its_own():
 
 def test_work_not_counts_is_dealt_evenly():
     costs = [8, 1, 1, 1, 1, 1, 1, 1, 1]
-    ranks = deal([[i] for i in range(9)], 2, costs.__getitem__)
-    assert [sum(costs[i] for pack in rank for i in pack) for rank in ranks] == [8, 8]
-    assert deal([[0]], 3, costs.__getitem__) == [[[0]], [], []]
+    ranks = deal_samples(costs, 2)
+    assert [sum(costs[i] for i in rank) for rank in ranks] == [8, 8]
+    assert deal_samples([5.0], 3) == [[0], [], []]
+    assert deal_samples([], 2) == [[], []]
+
+
+def test_imbalance_is_what_the_busiest_rank_has_above_the_mean():
+    assert imbalance([[0], [1, 2]], [4, 3, 5]) == pytest.approx(8 / 6 - 1)
+    assert imbalance([[0], [1]], [3, 3]) == 0 == imbalance([[], []], [])
+
+
+@pytest.mark.parametrize(("num_rows", "multiple", "expected"), [(0, 1, 1), (0, 16, 16), (16, 16, 16), (17, 16, 32)])
+def test_rows_are_padded_up(num_rows, multiple, expected):
+    assert padded_rows(num_rows, multiple) == expected
