@@ -41,6 +41,4 @@ def tar_header(name: str, num_bytes: int) -> bytes:
     named, size = name.encode(), b"%0*o" % (_SIZE_DIGITS, num_bytes)
     assert len(named) <= _NAME_BYTES and len(size) == _SIZE_DIGITS, f"{name}: {num_bytes} bytes do not fit USTAR"
     checksum = b"%06o\0 " % (_FIXED_SUM + sum(named) + sum(size))
-    return b"".join(
-        (named.ljust(_NAME_BYTES, b"\0"), _BEFORE_SIZE, size, _BEFORE_CHECKSUM, checksum, _AFTER_CHECKSUM)
-    )
+    return b"".join((named.ljust(_NAME_BYTES, b"\0"), _BEFORE_SIZE, size, _BEFORE_CHECKSUM, checksum, _AFTER_CHECKSUM))

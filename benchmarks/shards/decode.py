@@ -31,7 +31,7 @@ RAY_NICENESS = 15
 
 def main(
     num_samples: Annotated[int, typer.Option(help="photos to check")] = 4000,
-    num_tars: Annotated[int, typer.Option(help="tars to write them to")] = 24,
+    num_tars: Annotated[int, typer.Option(help="tars to write them to")] = 16,
     rounds: Annotated[int, typer.Option(help="timed runs of each")] = 5,
     cpus: Annotated[int, typer.Option(help="cores to use")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,

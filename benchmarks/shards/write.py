@@ -36,8 +36,8 @@ PHOTO = 640, 480
 
 
 def main(
-    num_samples: Annotated[int, typer.Option(help="photos to write")] = 6000,
-    num_tars: Annotated[int, typer.Option(help="tars to write them to")] = 24,
+    num_samples: Annotated[int, typer.Option(help="photos to write")] = 10_000,
+    num_tars: Annotated[int, typer.Option(help="tars to write them to")] = 16,
     rounds: Annotated[int, typer.Option(help="timed runs of each")] = 7,
     cpus: Annotated[int, typer.Option(help="of Ray")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,

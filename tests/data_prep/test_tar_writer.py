@@ -4,7 +4,9 @@ import hashlib
 import io
 import tarfile
 
-from data_prep.tar_writer import END_OF_ARCHIVE, member_bytes, tar_sample
+import pytest
+
+from data_prep.tar_writer import END_OF_ARCHIVE, member_bytes, tar_header, tar_sample
 
 MEMBERS = [("json", b"{}"), ("0.jpg", b"x" * 512), ("1.png", b"y" * 513), ("2.gif", b"")]
 
@@ -26,3 +28,17 @@ def test_members_in_order_with_fixed_owner_time_and_mode() -> None:
     facts = {(info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode, info.type) for info in infos}
     assert facts == {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
     assert archive[257:265] == b"ustar\x0000"
+
+
+@pytest.mark.parametrize("name", ["a", "000000042.json", "999999999.12.webp", "k" * 96 + ".jpg", "caf\u00e9.jpg"])
+@pytest.mark.parametrize("num_bytes", [0, 1, 511, 512, 62_829, 8**11 - 1])
+def test_headers_are_those_of_tarfile(name: str, num_bytes: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = num_bytes
+    assert tar_header(name, num_bytes) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("k" * 101, 0), ("\u00e9" * 51, 0), ("a", 8**11)])
+def test_what_a_header_cannot_hold_is_not_cut_short(name: str, num_bytes: int) -> None:
+    with pytest.raises(AssertionError, match="do not fit USTAR"):
+        tar_header(name, num_bytes)

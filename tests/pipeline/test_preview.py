@@ -33,10 +33,10 @@ def test_targets_are_the_answers_of_the_records(stage2):
     seen = 0
     for source in sources(stage2, 2):
         for name, spans, images in describe(source, 1):
-            number = int(re.search(r"sample (\d+) of", name)[1])
+            number = int(name.partition("sample ")[2].partition(" of")[0])
             record = source.samples.locate(number)[0].record(number)
             answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-            eos = source.tokenizer.eos_token
+            eos = str(source.tokenizer.eos_token)
             targets = [words.removesuffix(eos).strip() for kind, words in spans if kind == "target"]
             assert targets[:-1] == answers[: len(targets) - 1] and answers[len(targets) - 1].startswith(targets[-1])
             assert len(images) == len(record["images"]) == sum(kind == "image" for kind, _ in spans)
