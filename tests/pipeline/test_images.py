@@ -155,6 +155,7 @@ def test_what_a_header_may_hold():
     surprises += [with_segment(data, 0xEE, b"Adobe"), with_segment(data, 0xE2, b"MPF\0rest")]
     surprises += [data[: frame + 1] + marker + data[frame + 2 :] for marker in (b"\xc3", b"\xc9", b"\xca")]
     surprises += [data[: frame + 4] + b"\x0c" + data[frame + 5 :]]  # 12 bits
+    surprises += [data[: frame + 9] + b"\1" + data[frame + 10 :]]  # one component, and the lengths of three
     surprises += [data[:frame] + data[frame : frame + 19] + data[frame:]]  # two frames
     surprises += [with_segment(data[:-2], 0xE1, b"Exif\0\0 a thumbnail \xff\xd9")]
     surprises += [data[:2] + b"\0\xfe\0\2" + data[2:], data[:2] + b"\xff" + data[2:]]  # almost a comment; a fill byte

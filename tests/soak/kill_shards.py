@@ -73,7 +73,7 @@ def wait(process: subprocess.Popen, out: Path, chance: random.Random) -> bool:
 
 
 def kill(victim: str, process: subprocess.Popen, chance: random.Random) -> bool:
-    """Returns whether the victim was killed: a worker is as soon as one writes a shard, if the run does not end first."""
+    """Returns whether the victim was killed; a worker is as soon as one writes a shard, unless the run ends first."""
     if victim == "worker":
         while process.poll() is None:
             if kill_worker(process, chance):
