@@ -4,8 +4,8 @@
     is_fast          whether a file takes the fast path, by its header alone
 
 `SaisaImageProcessor` says what the pixels are, with Pillow; `exact` gives just these. Without it an ordinary JPEG, as
-nearly every photo is, goes through torchvision. Its decoder is the same library as Pillow's and gives the same pixels.
-Its resize applies the same filter with vector instructions and coefficients of 16 bits, and so rounds a little
+nearly every photo is, is decoded by torchvision, which has the same library inside as Pillow and gives the same pixels.
+torch's resize applies the same filter, with vector instructions and coefficients of 16 bits, and so rounds a little
 differently: one value in 300 is off by 1/255, one in a million by 2/255 (docs/benchmarks.md). Every other file takes
 the exact path, and only the exact path refuses a file.
 
@@ -127,7 +127,7 @@ def _fit(image_HW3: Tensor, processor: SaisaImageProcessor) -> Tensor:
     if processor.image_aspect_ratio == "pad":
         side, colour = max(height, width), processor.padding_colour
         new_height, new_width = processor.resized_size(side, side)
-        if height < width:  # Rows are resized before columns, so those of padding need not be there yet.
+        if height < width:  # Width is resized before height, so the rows of padding need not be there yet.
             image_HW3 = _pad(_resize(image_HW3, height, new_width, mode), 0, side, colour)
         elif height > width:
             image_HW3 = _pad(image_HW3, 1, side, colour)
@@ -142,8 +142,8 @@ def _fit(image_HW3: Tensor, processor: SaisaImageProcessor) -> Tensor:
 def _resize(image_HW3: Tensor, height: int, width: int, mode: str) -> Tensor:
     """Returns an image resized in Pillow's order, which decides what is rounded and clipped in between.
 
-    It is rows, then columns; since Pillow 13 (pull request 9549) columns first where they shrink by more than twice as
-    many pixels as rows do.
+    Width comes before height; since Pillow 13 (pull request 9549) height comes first where it shrinks, and by more than
+    twice as many pixels as width. Source: trials with 3,000 sizes; older versions of Pillow differ from 13 there.
     """
     old_height, old_width, _ = image_HW3.shape
     sizes = [(height, width)]

@@ -17,6 +17,10 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300
 POLL_SECONDS = 0.005
+NO_COMMIT = {"GIT_DIR": os.devnull}
+"""Environment for runs that are compared: manifests name the commit, and somebody may commit between two of them."""
+HEARS_CTRL_C = ("env", "--default-signal=INT")
+"""What is started in the background of a shell would ignore it, and so would its children."""
 
 
 def make_data(folder: Path, num_rows: int) -> list[str]:
@@ -42,7 +46,7 @@ def command(options: list[str], out: object) -> list[str]:
 def running(options: list[str], out: Path) -> Iterator[subprocess.Popen]:
     """Yields the command, running in a session of its own, of which no process outlives the block."""
     with subprocess.Popen(
-        command(options, out),
+        [*HEARS_CTRL_C, *command(options, out)],
         cwd=REPOSITORY,
         start_new_session=True,
         stdout=subprocess.DEVNULL,  # where Ray tells of dead workers

@@ -10,7 +10,17 @@ import pytest
 import ray
 from PIL import Image
 
+from tests.kills import NO_COMMIT
 from tests.s3_server import S3Server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_commit() -> Iterator[None]:
+    """Lets two runs be compared to the byte while somebody commits."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in NO_COMMIT.items():
+            environment.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,17 @@ from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 
-from tests.kills import POLL_SECONDS, REPOSITORY, command, contents, kill_worker, make_data, running, sample_keys
+from tests.kills import (
+    NO_COMMIT,
+    POLL_SECONDS,
+    REPOSITORY,
+    command,
+    contents,
+    kill_worker,
+    make_data,
+    running,
+    sample_keys,
+)
 
 NUM_ROWS = 900
 MOST_SHARDS, MOST_SECONDS = 60, 8.0  # until the next kill
@@ -30,6 +40,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    os.environ.update(NO_COMMIT)
     chance, victims = random.Random(options.seed), cycle(("driver", "worker", "group"))
     num_kills, num_folders = 0, 0
     with tempfile.TemporaryDirectory(prefix="saisa-soak-") as name:
