@@ -15,6 +15,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -170,7 +171,7 @@ class BatchSource(Dataset[GlobalBatch]):
     def _decode(self, data: bytes, record: dict, image: dict, shards: ShardSet) -> Tensor:
         try:
             return decode_image(data, self.image_processor, self.config.data.exact_images)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             name = f"record {record['id']} (index {record['source_index']}), image {image['path']}"
             raise ValueError(f"{shards.place}: {name} does not decode: {error}") from None
 
