@@ -13,8 +13,6 @@ import os
 import posixpath
 import re
 import stat
-import struct
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,22 +21,11 @@ from typing import Any, NamedTuple
 from upath import UPath
 
 from data_prep.console import UsageError
-from data_prep.files import Place, named_errors, open_file, open_place, read_range
-from data_prep.records import Refused
+from data_prep.files import Place, named_errors, open_place, read_range
+from data_prep.zip_images import ZipDirectory, ZipSlot, read_member
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 NAMED_ROOT = re.compile(r"([\w-]+(?:/[\w-]+)*)=(.+)", re.DOTALL)
-LOCAL_HEADER_BYTES = 30
-SLACK_BYTES = 256  # read along with a member's header; the extra field of most zips is far shorter
-
-
-class ZipSlot(NamedTuple):
-    """Where a member's bytes lie in its zip file."""
-
-    header_offset: int
-    num_stored_bytes: int
-    method: int
-    crc: int
 
 
 class ImageEntry(NamedTuple):
@@ -102,32 +89,13 @@ class ZipImages:
     """Images in a zip file, local or at a URL."""
 
     def __init__(self, root: Place):
-        """Reads the zip's directory, once.
-
-        Raises:
-            ValueError: It is not a zip file, or its directory is damaged.
-        """
-        self.root = str(root)
-        with open_file(root) as file:
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    self.archive = archive
-            except (zipfile.BadZipFile, NotImplementedError) as error:
-                raise ValueError(
-                    f"--images {root} is not a readable zip file ({error}); give a folder or a zip"
-                ) from None
+        """Raises `ValueError` where there is no zip file with a readable directory."""
+        self.root, self.directory = str(root), ZipDirectory(root)
 
     def find(self, path: str) -> ImageEntry | None:
         """Returns the entry of a member of this exact name."""
-        try:
-            info = self.archive.getinfo(path)
-        except KeyError:
-            return None
-        if info.is_dir():
-            return None
-        method = -1 if info.flag_bits & 1 else info.compress_type  # -1: encrypted
-        slot = ZipSlot(info.header_offset, info.compress_size, method, info.CRC)
-        return ImageEntry(path, self.root, info.file_size, 0, slot)
+        slot = self.directory.find(path)
+        return slot and ImageEntry(path, self.root, slot.num_bytes, 0, slot)
 
 
 class ImageRoots:
@@ -195,37 +163,9 @@ def read_image(entry: ImageEntry) -> bytes:
         OSError, ValueError: The file is gone or has changed since it was found.
     """
     if entry.slot:
-        data = _read_member(entry, entry.slot)
+        data = read_member(entry.file, entry.path, entry.slot)
     else:  # a byte more than it had, to see that it has not grown; S3 would be asked for the size of a whole file first
         data = read_range(entry.file, 0, entry.num_bytes + 1 if entry.num_bytes else None)
     if len(data) != entry.num_bytes:
         raise ValueError(f"{entry.file} changed while it was being sharded; run again with a new --out")
     return data
-
-
-def _read_member(entry: ImageEntry, slot: ZipSlot) -> bytes:
-    """Source: PKWARE APPNOTE 4.3.7, the local file header: 30 bytes, then name and extra field, then the data."""
-    name_bytes = len((entry.found_as or entry.path).encode())
-    guess = LOCAL_HEADER_BYTES + name_bytes + SLACK_BYTES + slot.num_stored_bytes
-    block = read_range(entry.file, slot.header_offset, guess)
-    if len(block) < LOCAL_HEADER_BYTES or not block.startswith(b"PK\3\4"):
-        raise Refused("zip_member", "zip member has no header where the zip's directory says", entry.path)
-    start = LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", block[26:LOCAL_HEADER_BYTES]))
-    stored = block[start : start + slot.num_stored_bytes]
-    if len(stored) < slot.num_stored_bytes:
-        stored = read_range(entry.file, slot.header_offset + start, slot.num_stored_bytes)
-    try:
-        if slot.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            kind = "encrypted" if slot.method < 0 else f"compressed by method {slot.method}"
-            raise Refused("zip_member", f"zip member is {kind}; use stored or deflated members", entry.path)
-        data = stored if slot.method == zipfile.ZIP_STORED else _inflate(stored, entry.num_bytes)
-    except zlib.error as error:
-        raise Refused("zip_member", f"zip member is damaged: {error}", entry.path) from None
-    if len(data) != entry.num_bytes or zlib.crc32(data) != slot.crc:
-        raise Refused("zip_member", "zip member is damaged: its checksum differs", entry.path)
-    return data
-
-
-def _inflate(stored: bytes, num_bytes: int) -> bytes:
-    """Returns at most one byte more than the zip's directory promises, whatever the member would swell to."""
-    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, num_bytes + 1)

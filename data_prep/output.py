@@ -74,7 +74,7 @@ def finished(folder: Place, identity: dict, modified_sha256: str) -> dict | None
         present = file_sizes(folder)
         whole = all(present.get(shard["basename"]) == shard["bytes"] for shard in shards)
         others = {shard[part] for shard in manifest["shards"] for part in ("tar", "sidecar")}  # index.json lacks some
-        whole = whole and present.keys() >= {"rejects.jsonl", *others}
+        whole = whole and present.keys() >= others and present.get("rejects.jsonl") == manifest["rejects"]["bytes"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     same = plan == {"identity": identity, "modified_sha256": modified_sha256}
@@ -86,14 +86,14 @@ def finalize(folder: Place, summaries: Sequence[ShardSummary], scan: Scan, setti
     summaries = sorted(summaries)
     rejects = sorted([*scan.rejects, *(reject for summary in summaries for reject in summary.rejects)])
     manifest = build_manifest(summaries, scan.num_rows, len(rejects))
+    remove_parts(folder)
     manifest |= {
+        "rejects": write_rejects(folder, rejects, sources["data"]["name"]),
         "num_other_extensions": scan.num_other_extensions,
         "settings": asdict(settings),
         "sources": sources,
         "code": code_version(),
     }
-    remove_parts(folder)
-    write_rejects(folder, rejects, sources["data"]["name"])
     write_whole(folder / "index.json", json_bytes(build_index(summaries, settings)))
     write_whole(folder / "manifest.json", _pretty(manifest))
     return manifest
@@ -158,9 +158,11 @@ def _file_info(basename: str, num_bytes: int, sha256: str) -> dict:
     return {"basename": basename, "bytes": num_bytes, "hashes": {"sha256": sha256}}
 
 
-def write_rejects(folder: Place, rejects: Iterable[Reject], source: str) -> None:
-    """Writes rejects.jsonl, in the order of the source."""
-    write_whole(folder / "rejects.jsonl", b"".join(reject_line(reject, source) for reject in sorted(rejects)))
+def write_rejects(folder: Place, rejects: Iterable[Reject], source: str) -> dict:
+    """Writes rejects.jsonl, in the order of the source; returns its bytes and SHA-256, for the manifest."""
+    lines = b"".join(reject_line(reject, source) for reject in sorted(rejects))
+    write_whole(folder / "rejects.jsonl", lines)
+    return {"bytes": len(lines), "sha256": hashlib.sha256(lines).hexdigest()}
 
 
 def reject_line(reject: Reject, source: str) -> bytes:

@@ -1,6 +1,6 @@
 """LLaVA JSON and images in, verified WebDataset shards out: `python -m data_prep.shards --help`.
 
-    scan      check every row, find every image                                json_rows, records, image_roots
+    scan      check every row, find every image                                source, json_rows, records, image_roots
     plan      shuffle by seed, cut by bytes                                     plan
     write     one Ray task a shard: decode every image, write tar and sidecar   runner, shard_task, image_check
     finalize  rejects.jsonl, index.json, and last of all manifest.json          output
@@ -9,13 +9,10 @@ The same input and settings give the same bytes whatever the number of workers. 
 the same command; what is there already is verified, not trusted.
 """
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,14 +21,13 @@ from rich.console import Console
 
 from data_prep import output
 from data_prep.console import UsageError, run
-from data_prep.files import Place, local_copy, locked, open_place
-from data_prep.image_roots import ImageRoots, open_images
-from data_prep.json_rows import Row, read_rows
-from data_prep.plan import Plan, Scan, Settings, build_plan, identity, sample_key, scan_rows, shard_name
+from data_prep.files import Place, locked, open_place
+from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
 from data_prep.reporting import Ledger, build_progress, plan_text, summary_text
 from data_prep.runner import ray_session, run_tasks
 from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
+from data_prep.source import Source, open_source
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 MAX_SHARDS = 1_000_000
@@ -77,41 +73,6 @@ def parse_bytes(text: str) -> int:
     if num_bytes < 1:
         raise UsageError(f"--shard-bytes {text!r} is not a size; use e.g. 256MB, 1GiB or 1000000")
     return num_bytes
-
-
-@dataclass(frozen=True)
-class Source:
-    """Scanned input: the rows, here as a local file whatever `name` they have, and the images they mean."""
-
-    name: str
-    rows: Path
-    images: ImageRoots
-    scan: Scan
-    description: dict
-
-
-@contextmanager
-def open_source(
-    data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, console: Console
-) -> Iterator[Source]:
-    """Yields the input with every row checked and every image found.
-
-    Raises:
-        ValueError: The rows are no list of rows, or a root of the images is not there.
-    """
-    places = [str(place) for place in ([images] if isinstance(images, str | Path) else images)]
-    place, roots = open_place(data), open_images(places)
-    with local_copy(place) as rows:
-        scan = scan_source(rows, place, roots, settings, console)
-        description = {
-            "data": {"name": place.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
-            "images": {
-                "names": [name.rstrip("/").rsplit("/", 1)[-1] for name in places],
-                "sha256": scan.images_sha256,
-                "hashed": "paths and sizes, in row order",
-            },
-        }
-        yield Source(place.name, rows, roots, scan, description)
 
 
 def show_plan(
@@ -191,23 +152,6 @@ def _write_all(
         raise
 
 
-def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:
-    """Returns the checked rows of `data`, which errors call `name`, showing how far it has got."""
-    started, total = time.monotonic(), data.stat().st_size
-    with build_progress(console) as progress:
-        bar = progress.add_task("scan ", total=total, note="")
-
-        def watched() -> Iterator[Row]:
-            for row in read_rows(data, name):
-                yield row
-                if row.index % 1000 == 999:
-                    rate = (row.index + 1) / (time.monotonic() - started)
-                    progress.update(bar, completed=row.offset, note=f"{row.index + 1:,} rows, {rate:,.0f}/s")
-            progress.update(bar, completed=total)
-
-        return scan_rows(watched(), images.find, settings.deduplicate)
-
-
 def build_tasks(source: Source, folder: Place, settings: Settings, plan: Plan, recheck: bool) -> Iterator[ShardTask]:
     """Yields the task of each shard, with its own rows and the places of its own images, and no others."""
     scan = source.scan
@@ -241,11 +185,6 @@ def write_shards(
             progress.update(bar, completed=num_done, note=note)
             ledger.enter(summary.rejects)
     return summaries
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     listings  manifest.json and index.json list the same shards, and the folder holds no others
     read      one Ray task a shard: sidecar, samples, tar                             verify_shard
-    compare   the sidecars give manifest.json, index.json and rejects.jsonl again     output
+    compare   the sidecars give manifest.json and index.json again                    output
+    rejects   rejects.jsonl has the SHA-256 in manifest.json, and a line for all that a sidecar refused
 
 What is named is repaired by deleting it and running the same `make shards` again, which keeps all that verifies.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -53,12 +55,11 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
     found = list(strangers(present, listings.tasks))
     show(found, console)
     verdicts = read_shards(listings.tasks, folder, present, console, workers, address)
-    summaries = [verdict.summary for verdict in verdicts if verdict.summary]
-    if len(summaries) == len(verdicts):  # what a repair writes anew needs no words
-        compared = shorten([*compare(listings, sorted(summaries)), *check_rejects(folder, listings, summaries)])
-        show(compared, console)
-        found += compared
-    found += [problem for verdict in verdicts for problem in verdict.problems]
+    summaries = sorted(verdict.summary for verdict in verdicts if verdict.summary)
+    compared = [] if len(summaries) < len(verdicts) else compare(listings, summaries)  # a repair writes these anew
+    compared = shorten([*compared, *check_rejects(folder, listings, summaries)])
+    show(compared, console)
+    found += [*compared, *(problem for verdict in verdicts for problem in verdict.problems)]
     if found:
         count, num_bad = sum(problem.count for problem in found), sum(bool(verdict.problems) for verdict in verdicts)
         raise ValueError(
@@ -80,6 +81,7 @@ class Listings:
     settings: Settings
     source: str
     num_rejected: int
+    rejects: dict
     tasks: list[VerifyTask]
 
 
@@ -97,7 +99,8 @@ def read_listings(folder: Place) -> Listings:
         settings, source = Settings(**manifest["settings"]), manifest["sources"]["data"]["name"]
         if listed != list(in_index):
             raise ValueError("they list different shards")
-        listings = Listings(manifest, index, settings, source, int(manifest["num_rejected"]), tasks)
+        num_rejected, rejects = int(manifest["num_rejected"]), manifest["rejects"]
+        listings = Listings(manifest, index, settings, source, num_rejected, rejects, tasks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         wrong = f"manifest.json or index.json is damaged ({error})"
         raise ValueError(f"{folder}: {wrong}; delete both and {AGAIN}: it keeps every shard that verifies") from None
@@ -196,20 +199,24 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_rejects(folder: Place, listings: Listings, summaries: Iterable[ShardSummary]) -> Iterator[Problem]:
-    """Yields what rejects.jsonl lacks of a line for every refused row, those of the sidecars as they stand there."""
+    """Yields that rejects.jsonl is not as it was written, or what it and the sidecars say differently."""
     wanted = {
         reject_line(reject, listings.source): (summary.name, reject)
         for summary in summaries
         for reject in summary.rejects
     }
-    num_lines = 0
+    num_lines, num_bytes, sha256 = 0, 0, hashlib.sha256()
     try:
         with open_buffered(folder / "rejects.jsonl") as file:
             for line in file:
-                num_lines += line.endswith(b"\n")
+                num_lines, num_bytes = num_lines + 1, num_bytes + len(line)
+                sha256.update(line)
                 wanted.pop(line, None)
     except FileNotFoundError:
         yield Problem("rejects.jsonl", MISSING)
+        return
+    if listings.rejects != {"bytes": num_bytes, "sha256": sha256.hexdigest()}:
+        yield Problem("rejects.jsonl", "its bytes differ from the size and SHA-256 in manifest.json")
         return
     if num_lines != listings.num_rejected:
         yield Problem("rejects.jsonl", f"holds {num_lines:,} rows, manifest.json counts {listings.num_rejected:,}")

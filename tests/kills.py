@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,12 @@ NO_COMMIT = {"GIT_DIR": os.devnull}
 """Environment for runs that are compared: manifests name the commit, and somebody may commit between two of them."""
 HEARS_CTRL_C = ("env", "--default-signal=INT")
 """What is started in the background of a shell would ignore it, and so would its children."""
+RAY_IS_LATE = "Ray does not start on this machine"
+MOST_STARTS = 5
+
+
+class RayIsLate(Exception):
+    """Ray gives its processes 30 seconds to start and a busy machine took longer: nothing was tried, nothing shown."""
 
 
 def make_data(folder: Path, num_rows: int) -> list[str]:
@@ -42,9 +49,33 @@ def command(options: list[str], out: object) -> list[str]:
     return [sys.executable, "-m", "data_prep.shards", *options, "--out", str(out)]
 
 
+def run_to_end(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """Returns how a sharding command line ended, after Ray had started."""
+
+    def start() -> subprocess.CompletedProcess[str]:
+        run = subprocess.run([str(each) for each in arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        check_ray(run.stderr)
+        return run
+
+    return until_ray_starts(start)
+
+
 @contextmanager
-def running(options: list[str], out: Path) -> Iterator[subprocess.Popen]:
-    """Yields the command, running in a session of its own, of which no process outlives the block."""
+def running(options: list[str], out: Path, num_shards: int) -> Iterator[subprocess.Popen]:
+    """Yields the command in a session of its own, once it has written so many shards; it ends with the block."""
+    with ExitStack() as sessions:
+
+        def start() -> subprocess.Popen:
+            process = sessions.enter_context(session(options, out))
+            wait_for_shards(process, out, num_shards)
+            return process
+
+        yield until_ray_starts(start)
+
+
+@contextmanager
+def session(options: list[str], out: Path) -> Iterator[subprocess.Popen]:
+    """Yields the command, just started in a session of its own, of which no process outlives the block."""
     with subprocess.Popen(
         [*HEARS_CTRL_C, *command(options, out)],
         cwd=REPOSITORY,
@@ -61,6 +92,26 @@ def running(options: list[str], out: Path) -> Iterator[subprocess.Popen]:
                     member.kill()
 
 
+def until_ray_starts[Started](start: Callable[[], Started]) -> Started:
+    """Returns what `start` returns, which is called again where Ray is late; a warning tells each time.
+
+    Raises:
+        AssertionError: It was late `MOST_STARTS` times.
+    """
+    for number in range(1, MOST_STARTS + 1):
+        try:
+            return start()
+        except RayIsLate as late:
+            warnings.warn(f"start {number} of at most {MOST_STARTS} shows nothing: {late}", stacklevel=2)
+    raise AssertionError(f"Ray was late {MOST_STARTS} times")
+
+
+def check_ray(said: str) -> None:
+    """Raises `RayIsLate` where a command said that it ended for this reason."""
+    if RAY_IS_LATE in said:
+        raise RayIsLate(said.strip())
+
+
 def session_of(process: subprocess.Popen) -> list[psutil.Process]:
     """Returns all processes of the command's session: the driver, Ray's own and the workers, orphans too."""
     members = []
@@ -71,7 +122,7 @@ def session_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def kill_worker(process: subprocess.Popen, chance: random.Random) -> bool:
-    """Kills one of the Ray workers of the command; returns whether one was writing a shard."""
+    """Kills one of the Ray workers of the command that write a shard; returns whether there was one."""
     writers = []
     for member in session_of(process):
         with suppress(psutil.NoSuchProcess, IndexError):
@@ -87,13 +138,21 @@ def wait_for_shards(process: subprocess.Popen, out: Path, number: int) -> None:
     """Returns once there are so many shards.
 
     Raises:
-        AssertionError: The command ended before.
+        RayIsLate: The command ended without having begun.
+        AssertionError: It ended before there were so many, or is too slow.
     """
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(list(out.glob("*.tar"))) < number:
-        assert process.poll() is None, f"it ended with {process.returncode} before there were {number} shards"
+    while num_shards(out) < number:
+        if process.poll() is not None:
+            check_ray(said := process.communicate()[1])
+            raise AssertionError(f"it ended with {process.returncode} before there were {number} shards: {said}")
         assert time.monotonic() < deadline, f"no {number} shards within {TIMEOUT_SECONDS} s"
         time.sleep(POLL_SECONDS)
+
+
+def num_shards(out: Path) -> int:
+    """Returns how many shards there are."""
+    return len(list(out.glob("*.tar")))
 
 
 def sample_keys(folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ from rich.console import Console
 from data_prep import output
 from data_prep.plan import Settings, build_plan
 from data_prep.shard_task import write_shard
-from data_prep.shards import build_tasks, open_source
+from data_prep.shards import build_tasks
+from data_prep.source import open_source
 
 NUM_SAMPLES = 30
 LONG_ANSWER = "word " * 4000

@@ -8,13 +8,27 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from data_prep import runner
 from data_prep.files import locked, open_place, whole_file, write_whole
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
-from tests.kills import REPOSITORY, command, contents, kill_worker, make_data, running, sample_keys, wait_for_shards
+from tests.kills import (
+    MOST_STARTS,
+    check_ray,
+    command,
+    contents,
+    kill_worker,
+    make_data,
+    run_to_end,
+    running,
+    sample_keys,
+    until_ray_starts,
+    wait_for_shards,
+)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 NUM_ROWS, SETTINGS = 400, Settings(shard_bytes=60_000)
@@ -23,7 +37,7 @@ ON_A_SMALL_DISK = """
 out=$1; larger=$2; shift 2
 mount -t tmpfs -o size=2m none "$out"
 "$@" && exit 1
-cp -a "$out" "$larger"
+cp -aT "$out" "$larger"
 """
 
 
@@ -47,8 +61,7 @@ def finish(options: list[str], out: Path) -> dict[str, bytes]:
 def test_a_killed_run_is_finished_by_the_same_command(calm, tmp_path: Path, victim: str) -> None:
     options, whole = calm
     out = tmp_path / "out"
-    with running(options, out) as process:
-        wait_for_shards(process, out, random.Random(victim).randrange(1, 60))
+    with running(options, out, random.Random(victim).randrange(1, 40)) as process:
         if victim == "driver":
             process.kill()
         else:
@@ -62,7 +75,7 @@ def test_a_killed_run_is_finished_by_the_same_command(calm, tmp_path: Path, vict
 def test_killed_workers_are_replaced_during_the_run(calm, tmp_path: Path) -> None:
     options, whole = calm
     out, chance, num_killed = tmp_path / "out", random.Random(0), 0
-    with running(options, out) as process:
+    with running(options, out, 2) as process:
         for number in (2, 15, 30, 45):
             wait_for_shards(process, out, number)
             while process.poll() is None and not kill_worker(process, chance):
@@ -77,11 +90,12 @@ def test_killed_workers_are_replaced_during_the_run(calm, tmp_path: Path) -> Non
 def test_a_second_run_is_refused_and_an_interrupted_one_ends_cleanly(calm, tmp_path: Path) -> None:
     options, whole = calm
     out = tmp_path / "out"
-    with running(options, out) as process:
-        wait_for_shards(process, out, 5)
+    with running(options, out, 5) as process:
+        process.send_signal(signal.SIGSTOP)  # or it might have finished before it is interrupted
         with pytest.raises(ValueError, match=f"another run is writing to {out}; wait for it or stop it"):
             finish(options, out)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        process.send_signal(signal.SIGCONT)
         said = process.communicate()[1]
     left = os.listdir(out)
     assert process.returncode > 0 and "Traceback" not in said
@@ -96,8 +110,7 @@ def test_a_full_disk_is_named_and_room_is_all_it_takes(calm, tmp_path: Path) -> 
         pytest.skip(f"needs mount namespaces (unshare --mount --map-root-user): {probe.stderr.strip()}")
     out, larger = tmp_path / "out", tmp_path / "larger"
     out.mkdir()
-    arguments = [*IN_A_NAMESPACE, ON_A_SMALL_DISK, "sh", out, larger, *command(options, out)]
-    run = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
+    run = run_to_end([*IN_A_NAMESPACE, ON_A_SMALL_DISK, "sh", out, larger, *command(options, out)])
     assert run.returncode == 0, run.stderr
     last = run.stderr.splitlines()[-1]
     assert re.fullmatch(rf"error: {out}/shard-\d+\.(tar|json): No space left on device", last)
@@ -122,6 +135,19 @@ def test_a_file_that_cannot_grow_is_named_and_its_predecessor_kept(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert here.value.filename == str(path) and there.value.filename == tempfile.gettempdir()
     assert contents(tmp_path) == {"a.tar": b"old"} and not store.exists()
+
+
+def test_a_late_ray_is_told_and_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", Mock(side_effect=Exception("The current node timed out during startup.")))
+    with pytest.raises(ValueError) as late:
+        runner._start(workers=1)
+    said = iter([f"error: {late.value}\n"] * 2 + ["error: another\n"])
+    with pytest.warns(UserWarning, match="shows nothing: error: .*timed out during startup") as told:
+        until_ray_starts(lambda: check_ray(next(said)))
+    assert len(told) == 2 and not list(said)
+    with pytest.warns(UserWarning) as told, pytest.raises(AssertionError, match=f"Ray was late {MOST_STARTS} times"):
+        until_ray_starts(lambda: check_ray(f"error: {late.value}\n"))
+    assert len(told) == MOST_STARTS
 
 
 def test_a_lock_counts_only_as_long_as_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 from data_prep.console import command as as_command
+from data_prep.files import open_place
 from data_prep.plan import Settings
 from data_prep.shards import main, make_shards
+from data_prep.zip_images import ZipDirectory
 from tests.kills import REPOSITORY, command
 from tests.s3_server import Bucket, Request
 
@@ -76,6 +78,14 @@ def test_a_bucket_gives_the_same_shards_as_a_folder(whole, shard, s3: Bucket) ->
     with pytest.raises(ValueError, match="are not what they were"):
         shard()
     assert shards(s3.files("out")) == whole and "manifest.json" in s3.files("out")
+
+
+def test_a_zip_takes_two_reads_to_open(source, s3: Bucket) -> None:
+    place = open_place(f"{s3.url}/deep.zip")
+    with s3.server.watched() as requests:
+        directory = ZipDirectory(place)
+    assert [request.method for request in requests] == ["HEAD", "GET", "GET"]
+    assert directory.find("1.jpg") and not directory.find("2.jpg")
 
 
 def test_every_third_request_may_fail(whole, shard, s3: Bucket) -> None:

@@ -62,6 +62,8 @@ def test_finalize_puts_rejects_in_the_order_of_the_source(tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [shard["tar"] for shard in manifest["shards"]] == [f"shard-00000{i}.tar" for i in range(3)]
     assert manifest["settings"] == asdict(Settings())
+    lines = (tmp_path / "rejects.jsonl").read_bytes()
+    assert manifest["rejects"] == {"bytes": len(lines), "sha256": hashlib.sha256(lines).hexdigest()}
     assert manifest["code"].keys() == {"saisa", "pillow"}
     assert not list(tmp_path.glob("*.part"))
 
@@ -90,9 +92,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["plan.json", "index.json", "manifest.json", "shard-000000.tar", "shard-000000.json"]
+    "missing", ["plan.json", "index.json", "manifest.json", "rejects.jsonl", "shard-000000.tar", "shard-000000.json"]
 )
-def test_finished_means_that_every_file_is_there(tmp_path: Path, missing: str) -> None:
+def test_finished_means_that_every_file_is_there_and_none_has_grown(tmp_path: Path, missing: str) -> None:
     output.prepare(tmp_path, {"seed": 0}, "dates")
     for name, size in (("tar", EARLY.tar_bytes), ("json", EARLY.sidecar_bytes)):
         (tmp_path / f"{EARLY.name}.{name}").write_bytes(bytes(size))
@@ -101,5 +103,10 @@ def test_finished_means_that_every_file_is_there(tmp_path: Path, missing: str) -
     assert output.finished(tmp_path, {"seed": 0}, "dates") == manifest
     assert output.finished(tmp_path, {"seed": 1}, "dates") is None
     assert output.finished(tmp_path, {"seed": 0}, "others") is None
-    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    data = (tmp_path / missing).read_bytes()
+    (tmp_path / missing).write_bytes(data + b"\n\n{")
+    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
+    (tmp_path / missing).write_bytes(data)
+    assert output.finished(tmp_path, {"seed": 0}, "dates") == manifest
+    (tmp_path / missing).unlink()
     assert output.finished(tmp_path, {"seed": 0}, "dates") is None

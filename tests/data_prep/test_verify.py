@@ -283,19 +283,37 @@ def edited_index(shards: Shards) -> list[str]:
     return [f"index.json: shards {name} samples is 700, the shards give {was}"]
 
 
+REJECTS_DIFFER = "rejects.jsonl: its bytes differ from the size and SHA-256 in manifest.json"
+
+
 def lost_reject(shards: Shards) -> list[str]:
     path = shards.out / "rejects.jsonl"
-    (line,) = (line for line in path.read_text().splitlines() if '"gone"' in line)  # refused before it was planned
-    path.write_text(line + "\n")
-    return [
-        f"rejects.jsonl: does not agree with {shards.refused.stem}.json on record noise (index 30)",
-        "rejects.jsonl: holds 1 rows, manifest.json counts 2",
-    ]
+    path.write_text(path.read_text().splitlines(keepends=True)[1])
+    return [REJECTS_DIFFER]
+
+
+def edited_reject(shards: Shards) -> list[str]:
+    """Of a row that was refused before it was planned: no sidecar knows it."""
+    replace(shards.out / "rejects.jsonl", '"gone"', '"done"')
+    return [REJECTS_DIFFER]
 
 
 def cut_rejects(shards: Shards) -> list[str]:
     cut(shards.out / "rejects.jsonl", -1)
-    return ["rejects.jsonl: holds 1 rows, manifest.json counts 2"]
+    return [REJECTS_DIFFER]
+
+
+def edited_size_of_rejects_and_a_missing_sidecar(shards: Shards) -> list[str]:
+    """Rejects are checked whatever the shards are like."""
+    num_bytes = (shards.out / "rejects.jsonl").stat().st_size
+    replace(shards.out / "manifest.json", f'"bytes": {num_bytes},', f'"bytes": {num_bytes + 1},')
+    return [REJECTS_DIFFER, *missing_sidecar(shards)]
+
+
+def edited_counts_of_rejects(shards: Shards) -> list[str]:
+    replace(shards.out / "manifest.json", '"num_rows": 34', '"num_rows": 35')
+    replace(shards.out / "manifest.json", '"num_rejected": 2', '"num_rejected": 3')
+    return ["rejects.jsonl: holds 2 rows, manifest.json counts 3"]
 
 
 def missing_rejects(shards: Shards) -> list[str]:
@@ -327,7 +345,10 @@ def missing_rejects(shards: Shards) -> list[str]:
         edited_fingerprint,
         edited_index,
         lost_reject,
+        edited_reject,
         cut_rejects,
+        edited_size_of_rejects_and_a_missing_sidecar,
+        edited_counts_of_rejects,
         missing_rejects,
     ],
 )
