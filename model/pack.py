@@ -17,8 +17,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from model.block_attention import build_block_mask
+from model.segments import KeyRanges, Segments, key_ranges, split_at_images
 
 IGNORE_INDEX = -100  # a text position whose next token is not a target
+BEHIND_ALL_TEXT = 1 << 20  # the position of padding among visual tokens: no text token stands there
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Pack:
         text_lengths: text tokens of each sample.
         image_counts: images of each sample.
         num_tokens_per_image: visual tokens of one image.
+        num_visual_padding: visual rows after all images that fill up what kernels want. They belong to the last
+            sample, behind its text, where nothing sees them.
     """
 
     token_ids_T: Tensor
@@ -42,22 +49,30 @@ class Pack:
     text_lengths: list[int]
     image_counts: list[int]
     num_tokens_per_image: int
+    num_visual_padding: int = 0
 
     @cached_property
     def visual_positions_I(self) -> Tensor:
         """int64[I] position of each visual token in its sample's full sequence."""
         steps = torch.arange(self.num_tokens_per_image, device=self.image_positions.device)
-        return (self.image_positions[:, None] + steps).flatten()
+        images = (self.image_positions[:, None] + steps).flatten()
+        return torch.cat([images, images.new_full([self.num_visual_padding], BEHIND_ALL_TEXT)])
 
     @cached_property
     def key_positions_S(self) -> Tensor:
         """int64[S] positions of all keys in the model's order: first every visual token, then every text token."""
         return torch.cat([self.visual_positions_I, self.positions_T])
 
+    @property
+    def num_images(self) -> int:
+        """Images of all samples."""
+        return sum(self.image_counts)
+
     @cached_property
     def visual_lengths(self) -> list[int]:
-        """Visual tokens of each sample."""
-        return [count * self.num_tokens_per_image for count in self.image_counts]
+        """Visual tokens of each sample; those of the last include the padding."""
+        lengths = [count * self.num_tokens_per_image for count in self.image_counts]
+        return [*lengths[:-1], lengths[-1] + self.num_visual_padding]
 
     @cached_property
     def num_targets(self) -> int:
@@ -78,13 +93,42 @@ class Pack:
         visual = self.visual_positions_I.split(self.visual_lengths)
         return [t[:, None] >= torch.cat([v, t])[None, :] for t, v in zip(text, visual, strict=True)]
 
+    @cached_property
+    def on_cpu(self) -> "Pack":
+        """This pack in host memory: itself, or what `to` has copied it from."""
+        return self if self.positions_T.device.type == "cpu" else self.to(torch.device("cpu"))
+
+    @cached_property
+    def key_ranges(self) -> KeyRanges:
+        """Which rows of the keys each text token sees, on the CPU."""
+        pack = self.on_cpu
+        if pack is not self:
+            return pack.key_ranges
+        return key_ranges(
+            pack.positions_T.numpy(),
+            pack.image_positions.numpy(),
+            pack.text_lengths,
+            pack.image_counts,
+            pack.num_tokens_per_image,
+            pack.num_visual_padding,
+        )
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The variable-length sequences of a flash kernel, on this pack's device."""
+        if self.on_cpu is self:
+            return split_at_images(self.key_ranges)
+        return self.on_cpu.segments.to(self.positions_T.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask of a block-masked kernel, on this pack's device."""
+        return build_block_mask(self.key_ranges, self.positions_T.device)
+
     def to(self, device: torch.device) -> "Pack":
-        """Returns the pack with its tensors on `device`."""
+        """Returns the pack with its tensors on `device`. It remembers this one, so that no kernel is waited for."""
         tensors = ("token_ids_T", "positions_T", "targets_T", "image_positions")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
-
-
-def empty_pack(num_tokens_per_image: int) -> Pack:
-    """Returns a pack with one token and no target: work for a rank that has none, so that all ranks stay in step."""
-    zero = torch.zeros(1, dtype=torch.long)
-    return Pack(zero, zero, torch.full([1], IGNORE_INDEX), zero[:0], [1], [0], num_tokens_per_image)
+        moved = replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+        if device.type != "cpu":
+            vars(moved)["on_cpu"] = self.on_cpu
+        return moved
