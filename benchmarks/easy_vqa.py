@@ -19,11 +19,11 @@ from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from orchestration.demo import CONFIGS
 from orchestration.tiny_base import build_tiny_base, read_texts
-from pipeline.checkpoint import find_checkpoint
 from pipeline.config import load_config
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.questions import Question, question_only_accuracy, read_questions
+from pipeline.run_info import find_checkpoint
 from pipeline.train import train
 
 NUM_TRAIN_ROWS = 900

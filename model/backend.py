@@ -1,30 +1,65 @@
 """The one place that decides which classes the layers are made of.
 
-Transformer Engine's on a GPU, megatron-core's own elsewhere.
+Transformer Engine's on a GPU, megatron-core's own elsewhere. FP8 exists with Transformer Engine only, so asking for it
+without is an error, never a silent bf16.
 """
 
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, te_checkpoint
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn.functional import gelu
+from torch.utils.checkpoint import checkpoint
+
+FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
+BLOCKWISE_SINCE, MXFP8_SINCE = (9, 0), (10, 0)
 
 
-def leave(weight: Tensor) -> None:
-    """Initialises nothing: every weight is loaded, see `model.weights`."""
+def uses_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: where it is installed and there is a GPU."""
+    return HAVE_TE and torch.cuda.is_available()
 
 
 def layer_provider() -> BackendSpecProvider:
     """Returns megatron-core's provider of linear and norm classes for this machine."""
-    return get_backend("transformer_engine" if HAVE_TE and torch.cuda.is_available() else "local")
+    return get_backend("transformer_engine" if uses_transformer_engine() else "local")
+
+
+def check_fp8(recipe: str) -> None:
+    """Makes sure that this machine can train in FP8 with a recipe.
+
+    Raises:
+        ValueError: It cannot; the message says why.
+    """
+    setting = f"compute.precision=fp8 with compute.fp8_recipe={recipe}"
+    if not torch.cuda.is_available():
+        raise ValueError(f"{setting} needs a GPU and there is none; use compute.precision=bf16 or fp32")
+    if not HAVE_TE:
+        raise ValueError(f"{setting} needs Transformer Engine; install the extra `gpu`, or use compute.precision=bf16")
+    chip = torch.cuda.get_device_capability()
+    needed = {"mxfp8": MXFP8_SINCE, "blockwise": BLOCKWISE_SINCE}.get(recipe, (8, 9))
+    if chip < needed:
+        name = torch.cuda.get_device_name()
+        raise ValueError(
+            f"{setting} needs compute capability {needed[0]}.{needed[1]}, and {name} has {chip[0]}.{chip[1]}; use "
+            "another compute.fp8_recipe, or compute.precision=bf16"
+        )
+
+
+def leave(weight: Tensor) -> None:
+    """Initialises nothing: every weight is loaded, see `model.weights`."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +68,21 @@ class Layers:
 
     config: TransformerConfig
     tp_group: ProcessGroup
+    whole_rows: TransformerConfig = field(init=False)
 
-    def column_parallel(self, input_size: int, output_size: int, bias: bool) -> Module:
-        """Returns a linear layer whose output features are divided over the tensor-parallel group."""
+    def __post_init__(self) -> None:
+        # Layers whose input every rank has whole, with sequence parallelism too
+        object.__setattr__(self, "whole_rows", replace(self.config, sequence_parallel=False))
+
+    def column_parallel(self, input_size: int, output_size: int, bias: bool, whole_rows: bool = False) -> Module:
+        """Returns a linear layer whose output features are divided over the tensor-parallel group.
+
+        With sequence parallelism its input is this rank's rows, or with `whole_rows` all of them.
+        """
         return layer_provider().column_parallel_linear()(
             input_size,
             output_size,
-            config=self.config,
+            config=self.whole_rows if whole_rows else self.config,
             init_method=leave,
             gather_output=False,
             bias=bias,
@@ -48,79 +91,81 @@ class Layers:
             tp_group=self.tp_group,
         )
 
-    def row_parallel(self, input_size: int, output_size: int) -> Module:
-        """Returns a linear layer without bias whose input features are divided over the tensor-parallel group."""
+    def row_parallel(self, input_size: int, output_size: int, bias: bool = False) -> Module:
+        """Returns a linear layer whose input features are divided over the tensor-parallel group."""
         return layer_provider().row_parallel_linear()(
             input_size,
             output_size,
             config=self.config,
             init_method=leave,
-            bias=False,
+            bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
             is_expert=False,
             tp_group=self.tp_group,
         )
 
-    def gathered_linear(self, input_size: int, output_size: int) -> ColumnParallelLinear:
-        """Returns a linear layer with bias that gives every rank all output features.
-
-        Transformer Engine's layers cannot gather, so this is always megatron-core's own.
-        """
-        return ColumnParallelLinear(
-            input_size,
-            output_size,
-            config=self.config,
-            init_method=leave,
-            gather_output=True,
-            tp_group=self.tp_group,
-        )
-
-    def mlp(self, input_size: int, ffn_hidden_size: int) -> MLP:
+    def mlp(self, input_size: int) -> MLP:
         """Returns the language model's FFN: column-parallel, gated activation, row-parallel."""
-        return self._mlp(self.config, input_size, ffn_hidden_size)
-
-    def gelu_mlp(self, input_size: int, ffn_hidden_size: int) -> MLP:
-        """Returns Linear, exact GELU, Linear with biases; the last bias is returned beside the output, not added."""
-        config = replace(
-            self.config,
-            gated_linear_unit=False,
-            activation_func=gelu,
-            add_bias_linear=True,
-            ffn_hidden_size=ffn_hidden_size,
-        )
-        return self._mlp(config, input_size, ffn_hidden_size)
+        provider = layer_provider()
+        submodules = MLPSubmodules(provider.column_parallel_linear(), provider.row_parallel_linear())
+        size = self.config.ffn_hidden_size
+        return MLP(self.config, submodules, input_size=input_size, ffn_hidden_size=size, tp_group=self.tp_group)
 
     def rms_norm(self) -> Module:
         """Returns an RMSNorm over the hidden features."""
-        norm = layer_provider().layer_norm(rms_norm=True)
-        size, epsilon = self.config.hidden_size, self.config.layernorm_epsilon
-        # megatron-core's own norm is a plain torch one, which knows nothing of the model's precision
-        return cast(Module, norm(config=self.config, hidden_size=size, eps=epsilon)).to(self.config.params_dtype)
+        size, epsilon, dtype = self.config.hidden_size, self.config.layernorm_epsilon, self.config.params_dtype
+        if not uses_transformer_engine():  # megatron-core's own refuses sequence parallelism
+            norm: Module = torch.nn.RMSNorm(size, epsilon, dtype=dtype)
+        else:
+            norm = cast(Any, layer_provider().layer_norm(rms_norm=True))(self.config, size, eps=epsilon).to(dtype)
+        # Each rank sees a part of the rows, so its gradient is a part of the sum: megatron-core adds those up.
+        cast(Any, norm.weight).sequence_parallel = self.config.sequence_parallel
+        return norm
 
     def embedding(self, vocab_size: int) -> VocabParallelEmbedding:
-        """Returns the token embedding, divided by vocabulary over the tensor-parallel group."""
+        """Returns the token embedding, divided by vocabulary over the tensor-parallel group.
+
+        It takes ids [1, T] and, with sequence parallelism, gives this rank's rows [T, 1, D].
+        """
         return VocabParallelEmbedding(
             vocab_size,
             self.config.hidden_size,
             init_method=leave,
+            reduce_scatter_embeddings=self.config.sequence_parallel,
             config=self.config,
             tp_group=self.tp_group,
         )
 
     def vocabulary_head(self, vocab_size: int, tied: bool) -> ColumnParallelLinear:
-        """Returns the output layer, divided by vocabulary; without a weight of its own if `tied` to the embedding."""
+        """Returns the output layer, divided by vocabulary; without a weight of its own if `tied` to the embedding.
+
+        Its input is all rows, since only those with a target pass it.
+        """
         return ColumnParallelLinear(
             self.config.hidden_size,
             vocab_size,
-            config=self.config,
+            config=self.whole_rows,
             init_method=leave,
             bias=False,
             skip_weight_param_allocation=tied,
             tp_group=self.tp_group,
         )
 
-    def _mlp(self, config: TransformerConfig, input_size: int, ffn_hidden_size: int) -> MLP:
-        provider = layer_provider()
-        submodules = MLPSubmodules(provider.column_parallel_linear(), provider.row_parallel_linear())
-        return MLP(config, submodules, input_size=input_size, ffn_hidden_size=ffn_hidden_size, tp_group=self.tp_group)
+    def fp8_of_all(self) -> AbstractContextManager:
+        """Returns the context around all layers; nothing without FP8's delayed recipe, which updates at its end."""
+        return get_fp8_context(self.config) if self.config.fp8_recipe == "delayed" else nullcontext()
+
+    def fp8_of_layer(self, layer: int) -> AbstractContextManager:
+        """Returns the context in which a layer (counted over the whole model) runs; nothing without FP8."""
+        return nullcontext() if self.config.fp8_recipe == "delayed" else get_fp8_context(self.config, layer)
+
+    def fp8_at_creation(self, layer: int) -> AbstractContextManager:
+        """Returns the context in which a layer is built; nothing unless parameters are kept in FP8."""
+        return get_fp8_context(self.config, layer, is_init=True)
+
+    def recomputed[*Args](self, function: Callable[[*Args], Tensor], *args: *Args) -> Tensor:
+        """Returns `function(*args)`, computed again in the backward pass instead of keeping what it is made of."""
+        if self.config.fp8:  # Transformer Engine's own restores its scales
+            return te_checkpoint(function, False, get_cuda_rng_tracker, self.tp_group, *args)
+        return cast(Tensor, checkpoint(partial(function), *args, use_reentrant=False, preserve_rng_state=False))

@@ -10,58 +10,37 @@ Z of the vision encoder, shows them to its text tokens as keys and values, and f
     H_i   = Attention(Q, K, Vv) W_O + T_i      text only
     T_i+1 = FFN_i(RMSNorm(H_i)) + H_i          text only
 
-Everything is made of megatron-core layers, so that tensor parallelism, DDP, the distributed optimizer and its
-checkpoints apply unchanged. Rows are packed samples (`model.pack`), without a batch dimension.
+Everything is made of megatron-core layers, so that tensor and sequence parallelism, DDP, the distributed optimizer and
+its checkpoints apply unchanged. Rows are packed samples (`model.pack`), without a batch dimension. A model object is
+one stage of the pipeline; with one stage it is the whole.
 
 Dims: T text tokens, I visual tokens, S = I + T keys, D hidden, N query heads, G key/value heads, H head dim, F FFN,
-C vision width, V vocabulary.
+C vision width, V vocabulary. Between the layers T and I are this rank's rows (T/tp and I/tp) under sequence
+parallelism; N and G are this rank's heads under tensor parallelism.
 """
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
-from torch.nn import ModuleList
-from torch.nn.functional import silu
+from torch.nn import ModuleDict
+from torch.nn.functional import gelu
 
-from model.attention import dense_attention, rotary_table, rotate
+from model.attention import attention, rotary_table, rotate
 from model.backend import Layers
 from model.config import ModelConfig
 from model.pack import IGNORE_INDEX, Pack
+from model.parallel import Stage, padded_vocab_size
 
-
-def build_transformer_config(model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Returns the megatron-core configuration of the language model's layers, with parameters of `dtype`."""
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        activation_func=silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=model.qkv_bias,
-        bias_activation_fusion=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,  # losses are summed; the schedule divides by the global number of targets
-        perform_initialization=False,  # every weight is loaded, see model.weights
-        use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
-    )
+Rotary = tuple[Tensor, Tensor]
 
 
 class Projector(MegatronModule):
@@ -69,105 +48,216 @@ class Projector(MegatronModule):
 
     def __init__(self, layers: Layers, model: ModelConfig) -> None:
         super().__init__(layers.config)
+        self.tp_group, self.kind = layers.tp_group, model.projector
         width, hidden = model.vision.hidden_size, model.hidden_size
-        self.mlp = layers.gelu_mlp(width, hidden) if model.projector == "mlp" else None
-        self.linear = layers.gathered_linear(width, hidden) if model.projector == "linear" else None
+        if self.kind == "mlp":  # every rank has all features, so the first layer need not gather rows
+            self.fc1 = layers.column_parallel(width, hidden, bias=True, whole_rows=True)
+            self.fc2 = layers.row_parallel(hidden, hidden, bias=True)
+        else:
+            self.linear = layers.row_parallel(width, hidden, bias=True)
 
     def forward(self, features_IC: Tensor) -> Tensor:
-        """Returns [I, D]."""
-        if self.linear is not None:
-            return self.linear(features_IC)[0]
-        assert self.mlp is not None
-        out_ID, bias_D = self.mlp(features_IC)
-        return out_ID + bias_D
+        """Returns [I, D]; under sequence parallelism this rank's rows."""
+        if self.kind == "linear":
+            mine = features_IC.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()]
+            return self.linear(mine.contiguous())[0]
+        return self.fc2(gelu(self.fc1(features_IC)[0]))[0]
 
 
 class NaavitAttention(MegatronModule):
     """Self-attention whose queries are text and whose keys and values are images and text."""
 
-    def __init__(self, layers: Layers, model: ModelConfig) -> None:
+    def __init__(self, layers: Layers, model: ModelConfig, backend: str) -> None:
         super().__init__(layers.config)
-        self.head_dim = model.head_dim
+        self.head_dim, self.backend = model.head_dim, backend
+        self.num_row_parts = layers.tp_group.size() if layers.config.sequence_parallel else 1
         query_size = model.num_attention_heads * model.head_dim
         kv_size = 2 * model.num_query_groups * model.head_dim
         self.linear_q = layers.column_parallel(model.hidden_size, query_size, bias=model.qkv_bias)
         self.linear_kv = layers.column_parallel(model.hidden_size, kv_size, bias=model.qkv_bias)
         self.linear_proj = layers.row_parallel(query_size, model.hidden_size)
 
-    def forward(self, text_TD: Tensor, visual_ID: Tensor, pack: Pack, rotary_S1H: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, text_TD: Tensor, visual_ID: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
         """Returns [T, D]: what each text token gathers from the images and text at or before it."""
         q_TNH = self.linear_q(text_TD)[0].unflatten(-1, (-1, self.head_dim))
         # Each key/value group's features stand together, key then value, so that tensor parallelism divides by group.
         kv_SG2H = self.linear_kv(torch.cat([visual_ID, text_TD]))[0].unflatten(-1, (-1, 2 * self.head_dim))
-        k_SGH, v_SGH = kv_SG2H.chunk(2, dim=-1)
+        k_SGH, v_SGH = self._visual_first(kv_SG2H, len(visual_ID)).chunk(2, dim=-1)
         cos_S1H, sin_S1H = rotary_S1H
-        num_visual = visual_ID.shape[0]
+        num_visual = len(k_SGH) - len(q_TNH)
         q_TNH = rotate(q_TNH, cos_S1H[num_visual:], sin_S1H[num_visual:])
         k_SGH = rotate(k_SGH, cos_S1H, sin_S1H)
-        out_TNH = dense_attention(q_TNH, k_SGH, v_SGH, pack)
+        out_TNH = attention(q_TNH, k_SGH, v_SGH, pack, self.backend)
         return self.linear_proj(out_TNH.flatten(1))[0]
+
+    def _visual_first(self, rows: Tensor, num_visual: int) -> Tensor:
+        """Returns all visual rows, then all text rows; sequence parallelism gathers each rank's visual and text."""
+        if self.num_row_parts == 1:
+            return rows
+        by_rank = rows.unflatten(0, (self.num_row_parts, -1))
+        return torch.cat([by_rank[:, :num_visual].flatten(0, 1), by_rank[:, num_visual:].flatten(0, 1)])
 
 
 class SaisaLayer(MegatronModule):
     """One decoder layer: text attends to its own images and text, then passes the FFN. Visual tokens do neither."""
 
-    def __init__(self, layers: Layers, model: ModelConfig, own_projector: bool) -> None:
+    def __init__(self, layers: Layers, model: ModelConfig, own_projector: bool, backend: str) -> None:
         super().__init__(layers.config)
+        self.parts = layers
         self.projector = Projector(layers, model) if own_projector else None
         self.input_norm = layers.rms_norm()
-        self.attention = NaavitAttention(layers, model)
+        self.attention = NaavitAttention(layers, model, backend)
         self.post_attention_norm = layers.rms_norm()
-        self.mlp = layers.mlp(model.hidden_size, model.ffn_hidden_size)
+        self.mlp = layers.mlp(model.hidden_size)
 
-    def forward(self, text_TD: Tensor, visual_ID: Tensor, pack: Pack, rotary_S1H: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the next text states [T, D]."""
-        text_TD = text_TD + self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
+    def forward(self, text_TD: Tensor, visual: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
+        """Returns the next text states [T, D].
+
+        `visual` is the features [I, C], or what the shared projector made of them, [I, D].
+        """
+
+        def attend(text_TD: Tensor, visual: Tensor) -> Tensor:
+            visual_ID = visual if self.projector is None else self.projector(visual)
+            return self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
+
+        if self.training and self.config.recompute_granularity == "selective":
+            text_TD = text_TD + self.parts.recomputed(attend, text_TD, visual)
+        else:
+            text_TD = text_TD + attend(text_TD, visual)
         return text_TD + self.mlp(self.post_attention_norm(text_TD))[0]
 
 
 class SaisaModel(MegatronModule):
-    """Text tokens and frozen vision features in, the loss of each target out.
+    """One stage of SAISA: token ids or text states and frozen vision features in, losses or text states out.
 
-    With `shared_projector` (stage 1) one projector serves all layers, and runs once.
+    With `shared_projector` (stage 1 of training) one projector serves all layers, and runs once a pipeline stage.
     """
 
     def __init__(
-        self, model: ModelConfig, shared_projector: bool, dtype: torch.dtype, groups: ProcessGroupCollection
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        stage: Stage,
+        shared_projector: bool,
+        attention_backend: str = "auto",
     ) -> None:
-        layers = Layers(build_transformer_config(model, dtype), groups.tp)
-        super().__init__(layers.config)
-        self.model = model
-        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
-        self.tp_group = groups.tp
-        self.embedding = layers.embedding(model.vocab_size)
+        super().__init__(config)
+        self.model, self.stage, self.tp_group = model, stage, groups.tp
+        # What megatron-core's schedules and gradient finalization ask every model
+        self.model_type, self.pre_process, self.post_process = (
+            ModelType.encoder_or_decoder,
+            stage.is_first,
+            stage.is_last,
+        )
+        self.share_embeddings_and_output_weights = False  # over stages: tied embeddings are refused there
+        self.input_tensor: Tensor | None = None
+        self.parts = layers = Layers(config, groups.tp)
+        self.embedding = layers.embedding(padded_vocab_size(model)) if stage.is_first else None
         self.shared_projector = Projector(layers, model) if shared_projector else None
-        self.layers = ModuleList(SaisaLayer(layers, model, not shared_projector) for _ in range(model.num_layers))
-        self.final_norm = layers.rms_norm()
-        self.output = layers.vocabulary_head(model.vocab_size, tied=model.tie_embeddings)
-
-    def hidden_states(self, pack: Pack, features_IC: Tensor) -> Tensor:
-        """Returns the final text states [T, D]; `features_IC` are those of the pack's images, in order."""
-        text_TD = self.embedding(pack.token_ids_T)
-        rotary_S1H = rotary_table(pack.key_positions_S, self.model.head_dim, self.model.rope_theta)
-        shared_ID = None if self.shared_projector is None else self.shared_projector(features_IC)
-        for layer in cast(Iterable[SaisaLayer], self.layers):
-            visual_ID = shared_ID if layer.projector is None else layer.projector(features_IC)
-            text_TD = layer(text_TD, visual_ID, pack, rotary_S1H)
-        return self.final_norm(text_TD)
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Returns [T, V] (this rank's part of V under tensor parallelism)."""
-        return self.output(hidden_TD, weight=self.embedding.weight if self.model.tie_embeddings else None)[0]
+        self.layers = ModuleDict()  # by number in the whole model, so that names are the same at any split
+        for number in stage.layers:
+            with layers.fp8_at_creation(number):
+                self.layers[str(number)] = SaisaLayer(layers, model, not shared_projector, attention_backend)
+        self.final_norm = layers.rms_norm() if stage.is_last else None
+        self.output = (
+            layers.vocabulary_head(padded_vocab_size(model), tied=model.tie_embeddings) if stage.is_last else None
+        )
+        if self.shared_projector is not None:
+            for parameter in self.shared_projector.parameters():
+                mark_as_shared_by_stages(parameter, is_first=stage.is_first)
 
     def forward(self, pack: Pack, features_IC: Tensor) -> Tensor:
-        """Returns fp32[num_targets]: the cross-entropy of every target of the pack, in row order."""
+        """Returns fp32[num_targets], the cross-entropy of every target of the pack in row order.
+
+        A stage that is not the last returns text states [T, 1, D]; `features_IC` are those of the pack's images.
+        """
+        text_TD = self.hidden_states(pack, features_IC)
+        if not self.stage.is_last:
+            return text_TD[:, None]  # megatron-core's pipeline passes [rows, batch, D] on
+        if self.config.sequence_parallel:  # every rank computes the same loss, so it takes back its rows' gradient only
+            text_TD = gather_from_sequence_parallel_region(
+                text_TD, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         is_target_T = pack.targets_T != IGNORE_INDEX
         # The head is as wide as the vocabulary, so only rows that have a target pass it.
-        hidden_TD = self.hidden_states(pack, features_IC)[is_target_T]
-        logits_TV = self.logits(hidden_TD).float()
+        logits_TV = self.logits(text_TD[is_target_T]).float()
         return vocab_parallel_cross_entropy(logits_TV, pack.targets_T[is_target_T], tp_group=self.tp_group)
 
+    def hidden_states(self, pack: Pack, features_IC: Tensor) -> Tensor:
+        """Returns the text states [T, D] that leave this stage (with the last, after the final norm)."""
+        text_TD = self.input_states(pack)
+        rotary_S1H = rotary_table(
+            pack.key_positions_S, self.model.head_dim, self.model.rope_theta, self.config.params_dtype
+        )
+        with self.parts.fp8_of_all():
+            visual = features_IC if self.shared_projector is None else self._project_once(features_IC)
+            for number, layer in self.numbered_layers():
+                with self.parts.fp8_of_layer(number):
+                    if self.training and self.config.recompute_granularity == "full":
+                        text_TD = self.parts.recomputed(layer, text_TD, visual, pack, rotary_S1H)
+                    else:
+                        text_TD = layer(text_TD, visual, pack, rotary_S1H)
+        return text_TD if self.final_norm is None else self.final_norm(text_TD)
+
+    def input_states(self, pack: Pack) -> Tensor:
+        """Returns the text states [T, D] that enter this stage's layers."""
+        if self.embedding is None:
+            assert self.input_tensor is not None, "the schedule has handed this stage no states"
+            return self.input_tensor[:, 0]
+        states = self.embedding(pack.token_ids_T[None])
+        return states[:, 0] if self.config.sequence_parallel else states[0]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Returns [T, V] (this rank's part of V under tensor parallelism); rows beyond the vocabulary are -inf."""
+        assert self.output is not None
+        weight = cast(Any, self.embedding).weight if self.model.tie_embeddings else None
+        logits_TV = self.output(hidden_TD, weight=weight)[0]
+        first = self.tp_group.rank() * logits_TV.shape[-1]
+        num_real = min(max(self.model.vocab_size - first, 0), logits_TV.shape[-1])
+        is_padding_V = torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= num_real
+        return logits_TV.masked_fill(is_padding_V, float("-inf"))
+
+    def numbered_layers(self) -> Iterator[tuple[int, SaisaLayer]]:
+        """Yields this stage's layers and their numbers in the whole model."""
+        for name, layer in self.layers.items():
+            yield int(name), cast(SaisaLayer, layer)
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Takes the text states of the previous pipeline stage; with one stage there are none."""
-        inputs = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-        assert all(tensor is None for tensor in inputs)
+        """Takes the text states of the previous pipeline stage; the first has none."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Returns what `dist_checkpointing` needs to know of every parameter, under names of the whole model.
+
+        The shared projector, which every stage has, is written by the first.
+        """
+        state: ShardedStateDict = {}
+        for name, module in self.named_children():
+            if module is not self.layers:
+                state |= sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group
+                )
+        for number, layer in self.numbered_layers():
+            state |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
+        for name, entry in state.items():
+            if name.startswith(f"{prefix}shared_projector."):
+                entry.replica_id = (self.stage.number, *entry.replica_id[1:])
+        return state
+
+    def _project_once(self, features_IC: Tensor) -> Tensor:
+        assert self.shared_projector is not None
+        with self.parts.fp8_of_layer(self.stage.layers.start):
+            return self.shared_projector(features_IC)
+
+
+def mark_as_shared_by_stages(parameter: torch.nn.Parameter, is_first: bool) -> None:
+    """Marks a parameter that every stage has a copy of.
+
+    Megatron-core then sums its gradient over the pipeline (`pipeline_parallel`, with `config.has_cond_embedder`), and
+    counts it once in the gradient norm (`shared` copies do not count).
+    """
+    cast(Any, parameter).pipeline_parallel = True
+    cast(Any, parameter).shared = not is_first

@@ -1,15 +1,18 @@
 """The frozen vision encoder in training: pixels to the features Z that every layer's projector reads.
 
-It is never trained, so its work lies outside autograd, and outside the model: a step encodes the images of its packs
-first and hands the features over. The encoder itself is the one that exported folders carry.
+It is never trained, so its work lies outside autograd, outside the model and outside the pipeline: before a step, the
+processes that share a replica of the model encode its images together, each some of them, and all get all features.
+The encoder itself is the one that exported folders carry.
 
 Dims: B images, C vision width, P visual tokens an image, I = B * P.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.vision_saisa import VisionTower
@@ -35,8 +38,40 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     return tower.to(device, dtype)
 
 
-def encode_images(tower: VisionTower, pixels_B3HW: Tensor, image_batch_size: int, width: int) -> Tensor:
-    """Returns the features [I, C] of normalised images, at most `image_batch_size` encoded at once; C is `width`."""
-    if not len(pixels_B3HW):
-        return pixels_B3HW.new_zeros(0, width)
-    return torch.cat([tower(window) for window in pixels_B3HW.split(image_batch_size)]).flatten(0, 1)
+def encode_together(
+    encode: Callable[[Tensor], Tensor], share_B3HW: Tensor, num_images: int, window: int, group: ProcessGroup
+) -> Tensor:
+    """Returns the features [num_images, P, C] on every process of a group, each of which encoded its share.
+
+    Image j is the work of process j % size, so all do the same to within one image, and none does another's. At most
+    `window` images of a process are encoded and exchanged at once.
+
+    Args:
+        encode: pixels [b, 3, H, W] to features [b, P, C], for b >= 1.
+        share_B3HW: this process's images, in order.
+        num_images: images of all the processes.
+        window: images.
+        group: the processes.
+    """
+    size = group.size()
+    windows = []
+    for start in range(0, -(-num_images // size), window):
+        length = min(window, -(-num_images // size) - start)
+        mine_B3HW = share_B3HW[start : start + length]
+        if len(mine_B3HW) < length:  # others have one more image than this process; it encodes a black one instead
+            mine_B3HW = torch.cat([mine_B3HW, mine_B3HW.new_zeros(1, *mine_B3HW.shape[1:])])
+        mine_BPC = encode(mine_B3HW)
+        all_BPC = mine_BPC.new_empty(size * length, *mine_BPC.shape[1:])
+        torch.distributed.all_gather_into_tensor(all_BPC, mine_BPC.contiguous(), group=group)
+        windows.append(all_BPC.unflatten(0, (size, length)).transpose(0, 1).flatten(0, 1))
+    return torch.cat(windows)[:num_images]
+
+
+def rows_of_pack(features_BPC: Tensor, num_padding: int) -> Tensor:
+    """Returns the visual rows [I, C] of a pack: its images, and padding that repeats a row it has.
+
+    A repeated row cannot widen the range of numbers that 8-bit scaling sees; a pack without images has zeros.
+    """
+    rows_IC = features_BPC.flatten(0, 1)
+    last = rows_IC[-1:] if len(rows_IC) else rows_IC.new_zeros(1, rows_IC.shape[-1])
+    return torch.cat([rows_IC, last.expand(num_padding, -1)])

@@ -4,7 +4,7 @@
     embedding.weight                            model.embed_tokens.weight
     layers.{i}.attention.linear_kv.weight       model.layers.{i}.self_attn.k_proj.weight, ...v_proj.weight
     layers.{i}.mlp.linear_fc1.weight            model.layers.{i}.mlp.gate_proj.weight, ...up_proj.weight
-    layers.{i}.projector.mlp.linear_fc1.weight  model.layers.{i}.mm_projector.0.weight
+    layers.{i}.projector.fc1.weight             model.layers.{i}.mm_projector.0.weight
     ...
 
 A stage 1 model has one `shared_projector`; in Hugging Face terms that is the same projector in every layer.
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,8 @@ from torch import Tensor
 from model.config import ModelConfig
 
 SHARED = "shared_projector."
+GATED = "mlp.linear_fc1.weight"  # gates, then ups: each tensor-parallel rank has a part of both
+VOCABULARY = ("embedding.weight", "output.weight")  # filled up with zeros, see `model.parallel`
 Named = tuple[str, Tensor]
 
 
@@ -31,12 +34,14 @@ class Entry:
     """One of our parameters and the Hugging Face tensors it is made of.
 
     Several tensors stand together along dim 0, one slice of each in turn, `num_groups` times: once for a gated FFN
-    (all gates, then all ups), once per key/value head for keys and values.
+    (all gates, then all ups), once per key/value head for keys and values. `num_rows` is how many rows of ours are
+    real, where a vocabulary is filled up.
     """
 
     ours: str
     theirs: tuple[str, ...]
     num_groups: int = 1
+    num_rows: int | None = None
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Returns our parameter, made of their tensors."""
@@ -47,7 +52,7 @@ class Entry:
     def split(self, joined: Tensor) -> list[Tensor]:
         """Returns their tensors, cut from our parameter."""
         if len(self.theirs) == 1:
-            return [joined]
+            return [joined[: self.num_rows]]
         chunks = joined.unflatten(0, (self.num_groups, -1)).chunk(len(self.theirs), dim=1)
         return [chunk.flatten(0, 1) for chunk in chunks]
 
@@ -55,11 +60,11 @@ class Entry:
 def name_table(model: ModelConfig) -> list[Entry]:
     """Returns an entry for every parameter of a model with one projector per layer."""
     entries = [
-        Entry("embedding.weight", ("model.embed_tokens.weight",)),
+        Entry("embedding.weight", ("model.embed_tokens.weight",), num_rows=model.vocab_size),
         Entry("final_norm.weight", ("model.norm.weight",)),
     ]
     if not model.tie_embeddings:
-        entries.append(Entry("output.weight", ("lm_head.weight",)))
+        entries.append(Entry("output.weight", ("lm_head.weight",), num_rows=model.vocab_size))
     kinds = ("weight", "bias") if model.qkv_bias else ("weight",)
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
@@ -82,9 +87,7 @@ def name_table(model: ModelConfig) -> list[Entry]:
 
 def projector_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     """Returns the entries of one projector under the given name prefixes."""
-    names = {"mlp": [("mlp.linear_fc1.", "0."), ("mlp.linear_fc2.", "2.")], "linear": [("linear.", "")]}[
-        model.projector
-    ]
+    names = {"mlp": [("fc1.", "0."), ("fc2.", "2.")], "linear": [("linear.", "")]}[model.projector]
     return [Entry(f"{ours}{a}{kind}", (f"{theirs}{b}{kind}",)) for a, b in names for kind in ("weight", "bias")]
 
 
@@ -103,7 +106,7 @@ def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Nam
     """
     generator = torch.Generator().manual_seed(seed)
     width, hidden = model.vision.hidden_size, model.hidden_size
-    layers = {"mlp": [("mlp.linear_fc1.", width), ("mlp.linear_fc2.", hidden)], "linear": [("linear.", width)]}
+    layers = {"mlp": [("fc1.", width), ("fc2.", hidden)], "linear": [("linear.", width)]}
     for name, fan_in in layers[model.projector]:
         bound = 1 / math.sqrt(fan_in)
         yield f"{prefix}{name}weight", torch.empty(hidden, fan_in).uniform_(-bound, bound, generator=generator)
@@ -154,8 +157,26 @@ def read_safetensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Na
                 yield name, tensors.get_tensor(name)
 
 
-def load_parameters(model: torch.nn.Module, tensors: Iterable[Named]) -> None:
-    """Copies named tensors into the model's parameters; every parameter must come, each with its own shape.
+def tensor_parallel_part(
+    name: str, whole: Tensor, shape: torch.Size, dim: int | None, tp_rank: int, tp_size: int
+) -> Tensor:
+    """Returns one tensor-parallel rank's part of a whole parameter, which `dim` divides (None: every rank has it all).
+
+    `shape` is what the rank expects; a vocabulary is filled up with zeros to it.
+    """
+    if name in VOCABULARY:
+        missing = shape[0] * tp_size - whole.shape[0]
+        whole = torch.cat([whole, whole.new_zeros(max(missing, 0), *whole.shape[1:])])
+    if dim is None or tp_size == 1:
+        return whole
+    stacked = whole.chunk(2) if name.endswith(GATED) else (whole,)
+    return torch.cat([tensor.chunk(tp_size, dim)[tp_rank] for tensor in stacked], dim)
+
+
+def load_parameters(model: torch.nn.Module, tensors: Iterable[Named], tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Copies named whole tensors into the model's parameters, or the part of one tensor-parallel rank.
+
+    Every parameter must come; tensors of other pipeline stages are passed over.
 
     Raises:
         ValueError: a shape differs, or parameters are left without a value.
@@ -166,11 +187,15 @@ def load_parameters(model: torch.nn.Module, tensors: Iterable[Named]) -> None:
         for name, tensor in tensors:
             if name not in parameters:
                 continue
-            if parameters[name].shape != tensor.shape:
+            parameter = parameters[name]
+            is_divided = getattr(parameter, "tensor_model_parallel", False)
+            dim = cast(Any, parameter).partition_dim if is_divided else None
+            part = tensor_parallel_part(name, tensor, parameter.shape, dim, tp_rank, tp_size)
+            if parameter.shape != part.shape:
                 raise ValueError(
-                    f"weight {name}: the model has shape {list(parameters[name].shape)}, the file {list(tensor.shape)}"
+                    f"weight {name}: the model has shape {list(parameter.shape)}, the file {list(part.shape)}"
                 )
-            parameters[name].copy_(tensor)
+            parameter.copy_(part)
             missing.discard(name)
     if missing:
         raise ValueError(

@@ -30,11 +30,11 @@ from data_prep.shapes import write_dataset
 from data_prep.shards import make_shards
 from orchestration.demo_report import print_scores, write_examples, write_loss_curve
 from orchestration.tiny_base import build_tiny_base, read_texts
-from pipeline.checkpoint import find_checkpoint
 from pipeline.config import load_config
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.metrics import read_metrics
+from pipeline.run_info import find_checkpoint
 from pipeline.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

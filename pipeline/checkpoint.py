@@ -1,21 +1,24 @@
-"""Training checkpoints: `run_dir/checkpoints/step-00000500/`, whole or not there.
+"""Training checkpoints: whole or not there, at any topology.
 
-A checkpoint is written into a `.part` folder and renamed when every rank is done, so that whatever bears its final
-name can be resumed from. It holds what the stage trains, the optimizer, and `info.json`: which run this is. Resuming
-with another model, other shards or another base refuses and says what differs.
+A checkpoint is written into a `.part` folder and renamed when every process is done, so that whatever bears its final
+name can be resumed from. It holds what the stage trains, the optimizer, random states and `info.json` (see
+`pipeline.run_info`), and can be loaded at any tensor, pipeline and data parallelism.
 """
 
-import hashlib
 import json
 import queue
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -23,174 +26,137 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sync_folder, write_whole
 from model.saisa import SaisaModel
-from pipeline.config import RunConfig
-from pipeline.lengths import tokenizer_fingerprint
 from pipeline.optimizer import load_optimizer_state
+from pipeline.run_info import RunInfo, check_run, read_info
 
-MIB = 1 << 20
-SHARDING = "dp_reshardable"  # optimizer states can be read back by another number of data-parallel ranks
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a checkpoint must share with the run that resumes from it; kept beside the weights in `info.json`."""
-
-    stage: str
-    model: dict[str, Any]
-    base: str
-    projector: str
-    shards: list[list[Any]]
-    tokenizer: str
-    template: str
-    image_aspect_ratio: str
-    max_positions: int
-    max_text_tokens_per_pack: int
-    max_images_per_pack: int
-    shards_in_use: int
-    global_batch_size: int
-    seed: int
-    precision: str
-    optim: dict[str, Any]
-    num_steps: int
+SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
+ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
 
 
-def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: int) -> RunInfo:
-    """Returns the facts that a resumed run must share."""
-    return RunInfo(
-        stage=config.stage,
-        model=config.model.model_dump(mode="json"),
-        base=base_fingerprint(config.init.base),
-        projector=config.init.projector,
-        shards=[[name, source.repeat] for name, source in zip(shard_fingerprints, config.data.shards, strict=True)],
-        tokenizer=tokenizer_fingerprint(config.init.base),
-        template=config.data.template,
-        image_aspect_ratio=config.data.image_aspect_ratio,
-        max_positions=config.data.max_positions,
-        max_text_tokens_per_pack=config.data.max_text_tokens_per_pack,
-        max_images_per_pack=config.data.max_images_per_pack,
-        shards_in_use=config.data.shards_in_use,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
-        precision=config.train.precision,
-        optim=config.optim.model_dump(mode="json"),
-        num_steps=num_steps,
-    )
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; a context manager that ends when the last is whole.
 
-
-def base_fingerprint(base: Path) -> str:
-    """Returns a digest of a base folder: its JSON files, and its weight files by size, first MiB and last MiB."""
-    digest = hashlib.sha256()
-    for file in sorted([*base.glob("*.json"), *base.glob("*.safetensors")]):
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            digest.update(stream.read(MIB))
-            stream.seek(max(MIB, size - MIB))
-            digest.update(stream.read(MIB))
-    return digest.hexdigest()
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a run, or None."""
-    return max(run_dir.glob("checkpoints/step-????????"), default=None)
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Returns `folder` if it is a checkpoint, or the newest checkpoint in it if it is a run folder.
-
-    Raises:
-        ValueError: it is neither.
+    In the background, training goes on as soon as the state is copied; a forked process writes it, and `poll`, called
+    by all processes after every step, gives the checkpoint its name.
     """
-    found = folder if (folder / "info.json").is_file() else latest_checkpoint(folder)
-    if found is None:
-        raise ValueError(f"{folder}: no checkpoint here; name a run folder, or a checkpoint such as step-00000500")
-    return found
 
+    def __init__(
+        self,
+        run_dir: Path,
+        run: RunInfo,
+        extra_info: dict[str, Any],
+        keep_last: int,
+        in_background: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.run, self.extra_info = run_dir / "checkpoints", run, extra_info
+        self.keep_last, self.in_background, self.say = keep_last, in_background, say
+        self.calls = AsyncCallsQueue()
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """Returns `info.json`: the run's facts under `run`, the resolved configuration, the step, the code version.
+    def __enter__(self) -> Self:
+        return self
 
-    Raises:
-        ValueError: the folder is not a checkpoint of this project, or damaged.
-    """
-    file = checkpoint / "info.json"
-    if not file.is_file():
-        raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
-    info = json.loads(file.read_text())
-    if not {"step", "run", "config"} <= info.keys():
-        raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")
-    return info
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self.poll(wait=True)
+        else:
+            self.calls.close(abort=True)
 
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes the state (from `sharded_state`) after `step` optimizer steps."""
+        self.poll(wait=True)
+        part = self.folder / f"step-{step:08d}.part"
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        torch.distributed.barrier()
+        # Megatron-core would start a process that imports this whole program, only to hold the queue of results.
+        results: Any = get_context("fork").Queue() if self.in_background else queue.Queue()
+        filesystem_async._results_queue = results
+        request = dist_checkpointing.save(
+            state,
+            str(part),
+            async_sharded_save=self.in_background,
+            async_strategy="mcore",
+            verify_integrity=True,  # SHA-256 of every file: torch notices a cut file, but not a changed byte
+        )
+        if request is None:
+            self._publish(step, part)
+        else:
+            request.add_finalize_fn(lambda: self._publish(step, part))
+            self.calls.schedule_async_request(request)
 
-def check_base(checkpoint: Path, info: dict[str, Any], base: Path) -> None:
-    """Makes sure that a checkpoint was trained on this base.
+    def poll(self, wait: bool = False) -> None:
+        """Publishes a checkpoint that is written on every process.
 
-    Raises:
-        ValueError: it was not, or the base has changed.
-    """
-    if not base.is_dir():
-        raise ValueError(f"{checkpoint}: its base folder {base} is not here; put it back, or run where it is")
-    if info["run"].get("base") != base_fingerprint(base):
-        raise ValueError(f"{checkpoint}: was trained on another base than {base}, or that has changed since")
+        Raises:
+            OSError: It could not be written.
+        """
+        if not self.calls.get_num_unfinalized_calls():
+            return
+        try:
+            self.calls.maybe_finalize_async_calls(blocking=wait)
+        except (RuntimeError, CheckpointException) as error:
+            raise OSError(f"{self.folder}: a checkpoint could not be written in the background: {error}") from error
 
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    run: RunInfo,
-    extra_info: dict[str, Any],
-    model: SaisaModel,
-    optimizer: MegatronOptimizer,
-    groups: ProcessGroupCollection,
-    keep_last: int,
-) -> Path:
-    """Writes the state after `step` optimizer steps, drops the oldest checkpoints and returns the new folder."""
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    part = folder.with_suffix(".part")
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    torch.distributed.barrier()
-    # This save is synchronous, so its results need no process of their own: megatron-core would start one to hold the
-    # queue, and wait for it to import this whole program.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_state(model, optimizer, groups, is_loading=False), str(part))
-    if is_first:
-        info = {"step": step, "run": asdict(run), **extra_info}
-        write_whole(part / "info.json", json.dumps(info, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        sync_folder(folder.parent)
-        for old in sorted(folder.parent.glob("step-????????"))[:-keep_last]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return folder
+    def _publish(self, step: int, part: Path) -> None:
+        folder = part.with_suffix("")
+        if torch.distributed.get_rank() == 0:
+            info = {"step": step, "run": asdict(self.run), **self.extra_info}
+            write_whole(part / "info.json", json.dumps(info, indent=1).encode())
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            sync_folder(folder.parent)
+            for old in sorted(folder.parent.glob("step-????????"))[: -self.keep_last]:
+                shutil.rmtree(old)
+        torch.distributed.barrier()
+        self.say(f"saved {folder}")
 
 
 def restore_checkpoint(
-    checkpoint: Path, run: RunInfo, model: SaisaModel, optimizer: MegatronOptimizer, groups: ProcessGroupCollection
+    checkpoint: Path,
+    run: RunInfo,
+    stages: list[SaisaModel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
 ) -> int:
     """Loads a checkpoint into the model and the optimizer and returns the number of steps it has behind it.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; the message says what differs.
+        ValueError: The checkpoint is damaged, or belongs to another run; the message says what differs.
     """
     info = read_info(checkpoint)
-    differing = [
-        f"{field.name} was {info['run'].get(field.name)!r}, is {getattr(run, field.name)!r}"
-        for field in fields(run)
-        if info["run"].get(field.name) != getattr(run, field.name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Use the same settings, or another run_dir"
-        )
-    sharded = _sharded_state(model, optimizer, groups, is_loading=True)
-    state = _load(sharded, checkpoint)
-    model.load_state_dict(state["model"], strict=False)
+    check_run(checkpoint, info, run)
+    state = _load(sharded_state(stages, optimizer, groups, is_loading=True), checkpoint)
+    for number, stage in enumerate(stages):
+        stage.load_state_dict(state[f"stage{number}"], strict=False)
     load_optimizer_state(optimizer, state["optimizer"])
+    torch.set_rng_state(state["rng"])
     return info["step"]
+
+
+def set_aside_newer(checkpoint: Path) -> list[Path]:
+    """Renames the checkpoints after this one, which a run that goes on from it writes again; returns their names."""
+    newer = [other for other in checkpoint.parent.glob("step-????????") if other.name > checkpoint.name]
+    return [other.rename(other.with_name(other.name + ASIDE)) for other in sorted(newer)]
+
+
+def sharded_state(
+    stages: list[SaisaModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool = False
+) -> dict[str, Any]:
+    """Returns what this process has of a run's state, described so that it can be put together differently."""
+    metadata = {
+        "distrib_optim_sharding_type": SHARDING,
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank of each data-parallel group gathers, not all
+        "dp_cp_group": groups.dp_cp,
+    }
+    state: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        whole = stage.sharded_state_dict(metadata=metadata)
+        state[f"stage{number}"] = {name: tensor for name, tensor in whole.items() if name in trained}
+    described = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return {**state, "optimizer": described, "rng": torch.get_rng_state()}
 
 
 def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
@@ -203,17 +169,9 @@ def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
 
 def _load(sharded: dict[str, Any], checkpoint: Path, **options: Any) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(sharded, str(checkpoint), **options))
+        return cast(dict[str, Any], dist_checkpointing.load(sharded, str(checkpoint), verify_integrity=True, **options))
     except CheckpointException as error:  # not an Exception in torch, so nobody else would see it
         first = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{checkpoint}: damaged ({first}); remove it to use the one before it") from None
-
-
-def _sharded_state(
-    model: SaisaModel, optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": SHARDING, "dp_cp_group": groups.dp_cp}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = model.sharded_state_dict(metadata=metadata)
-    state = {name: tensor for name, tensor in whole.items() if name in trained}
-    return {"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)}
+    except CheckpointingException as error:
+        first = " ".join(str(error).split())
+    raise ValueError(f"{checkpoint}: damaged ({first}); checkpoint.resume=previous goes on from the one before it")

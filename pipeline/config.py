@@ -10,6 +10,7 @@ the setting, its value, the rule and the way out.
 """
 
 import difflib
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,9 @@ import yaml
 from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator, model_validator
 
 from data_prep.console import UsageError
+from model.compute import ComputeConfig
 from model.config import ModelConfig, Section
+from model.parallel import ParallelConfig, check_split
 from pipeline.templates import TEMPLATES
 
 PROJECTOR_WORDS = ("random", "base")
@@ -56,7 +59,7 @@ class DataConfig(Section):
     )
     max_text_tokens_per_pack: int = Field(default=2048, gt=0)
     max_images_per_pack: int = Field(default=8, gt=0)
-    row_multiple: int = Field(default=1, gt=0, description="text rows of a pack are filled up to a multiple of this")
+    row_multiple: int = Field(default=1, gt=0, description="rows of a pack are filled up to a multiple of this")
     exact_images: bool = Field(default=False, description="Pillow's pixels for JPEG too: slower, within 1/255 or so")
     num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: a thread of the trainer")
     prefetch_steps: int = Field(default=2, ge=0, description="steps prepared ahead, by each worker process if any")
@@ -87,7 +90,6 @@ class TrainConfig(Section):
     num_epochs: int = Field(default=1, gt=0)
     max_steps: int | None = Field(default=None, gt=0, description="stop (and end the schedule) here, if sooner")
     seed: int = Field(default=0, ge=0)
-    precision: Literal["bf16", "fp32"] = "bf16"
     image_batch_size: int = Field(default=64, gt=0, description="images the frozen encoder takes at once")
 
 
@@ -96,6 +98,10 @@ class CheckpointConfig(Section):
 
     save_every_steps: int = Field(default=500, gt=0)
     keep_last: int = Field(default=2, gt=0)
+    in_background: bool = Field(default=False, description="training goes on while a forked process writes")
+    resume: Literal["auto", "previous"] = Field(
+        default="auto", description="auto: from the last checkpoint, if any; previous: from the one before it"
+    )
 
 
 class LogConfig(Section):
@@ -115,12 +121,25 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    compute: ComputeConfig = ComputeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def shared_projector(self) -> bool:
+        """Whether one projector serves all layers, as in stage 1."""
+        return self.stage == "pretrain"
+
+    @property
+    def row_multiple(self) -> int:
+        """What the text rows and the visual rows of a pack are each filled up to a multiple of."""
+        return lcm(self.data.row_multiple, self.compute.kernel_rows * self.parallel.num_row_parts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         data, model = self.data, self.model
+        check_split(model, self.parallel)
         if data.template not in TEMPLATES:
             raise ValueError(
                 f"data.template={data.template!r} is unknown{nearest(data.template, TEMPLATES)}; "

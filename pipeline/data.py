@@ -1,7 +1,9 @@
 """One JSON record to a micro-batch: read, encode, decode, pack.
 
-The schedule says which samples a rank gets at a step; this file reads those and no others. A batch is a function of its
-step alone, so worker processes prepare steps in any order and the run is the same with any number of them.
+The schedule says which samples a data-parallel rank gets at a step; this file reads those and no others. Where several
+processes share one replica of the model, each reads all its samples but decodes only its share of the images, in turn.
+A batch is a function of its step alone, so worker processes prepare steps in any order and the run is the same with any
+number of them.
 """
 
 import json
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
 from model.hf.image_processing_saisa import SaisaImageProcessor
-from model.pack import IGNORE_INDEX, Pack, empty_pack
+from model.pack import IGNORE_INDEX, Pack
 from pipeline.config import RunConfig
 from pipeline.distributed import worker_context
 from pipeline.images import decode_image
@@ -38,10 +40,26 @@ from pipeline.templates import Tokenizer
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A pack and the pixels of its images, uint8[num_images, 3, H, W], not yet normalised."""
+    """A pack and this process's share of its images: uint8[n, 3, H, W], not yet normalised."""
 
     pack: Pack
     pixels_B3HW: Tensor
+
+
+class Reader(NamedTuple):
+    """Which process reads: a data-parallel rank, and its place among the processes that share that rank's replica."""
+
+    rank: int
+    num_ranks: int
+    member: int = 0
+    num_members: int = 1
+
+
+class StoredImage(NamedTuple):
+    """The bytes of an image, and its name for people."""
+
+    data: bytes
+    name: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class Mixture:
 
 
 class BatchSource(Dataset[GlobalBatch]):
-    """The global batches of a run, as one data-parallel rank sees them: item `step` is its share of that step."""
+    """The global batches of a run, as one process sees them: item `step` is its share of that step."""
 
     def __init__(
         self,
@@ -95,10 +113,10 @@ class BatchSource(Dataset[GlobalBatch]):
         samples: Mixture,
         tokenizer: Tokenizer,
         image_processor: SaisaImageProcessor,
-        rank: int,
+        reader: Reader,
     ) -> None:
         self.config, self.schedule, self.samples = config, schedule, samples
-        self.tokenizer, self.image_processor, self.rank = tokenizer, image_processor, rank
+        self.tokenizer, self.image_processor, self.reader = tokenizer, image_processor, reader
         self.num_steps = schedule.num_steps
         samples_per_shard = -(-len(samples) // sum(len(shards.shard_sizes) for shards in samples.sets))
         self.num_ahead = 2 * config.data.shards_in_use * samples_per_shard  # what is mixed now, and next
@@ -107,12 +125,18 @@ class BatchSource(Dataset[GlobalBatch]):
         return self.num_steps
 
     def __getitem__(self, step: int) -> GlobalBatch:
-        """Returns this rank's share of the global batch of `step`, counted from 0."""
-        plan = self.schedule.plan(step)
+        """Returns this process's share of the global batch of `step`, counted from 0."""
+        plan, parallel = self.schedule.plan(step), self.config.parallel
         self.samples.prefetch(self.schedule.samples(step, self.num_ahead))
-        micro_batches = [self._micro_batch(pack) for pack in plan.packs[self.rank]]
+        packs = list(plan.packs[self.reader.rank])
+        # Without a pack the other ranks would wait for ever; an interleaved pipeline wants a multiple of its length.
+        packs += [[]] * (padded_rows(len(packs), parallel.pp if parallel.chunks_per_rank > 1 else 1) - len(packs))
+        micro_batches: list[MicroBatch] = []
+        for pack in packs:
+            num_before = sum(micro_batch.pack.num_images for micro_batch in micro_batches)
+            micro_batches.append(self._micro_batch(pack, num_before))
         problems = [f"skipped: {self.schedule.table.problems[number]}" for number in plan.skipped]
-        return GlobalBatch(step, plan.epoch, micro_batches or [self._nothing()], plan.counts, problems)
+        return GlobalBatch(step, plan.epoch, micro_batches, plan.counts, problems)
 
     def batches(self, first_step: int) -> Iterator[GlobalBatch]:
         """Yields the batches from `first_step` to the end, prepared ahead of need by worker processes or a thread."""
@@ -144,17 +168,23 @@ class BatchSource(Dataset[GlobalBatch]):
             finally:
                 executor.shutdown(cancel_futures=True)
 
-    def _micro_batch(self, numbers: list[int]) -> MicroBatch:
-        samples, images = [], []
+    def _micro_batch(self, numbers: list[int], num_images_before: int) -> MicroBatch:
+        samples: list[Sample] = []
+        images: list[StoredImage] = []
         for number in numbers:
-            sample, pixels = self._read(number)
+            sample, stored = self._read(number)
             samples.append(sample)
-            images += pixels
-        v = self.config.model.vision.num_tokens
-        return MicroBatch(build_pack(samples, v, self.config.data.row_multiple), self._stack(images))
+            images += stored
+        v, size = self.config.model.vision.num_tokens, self.config.model.vision.image_size
+        first = (self.reader.member - num_images_before) % self.reader.num_members
+        pixels = [self._decode(image) for image in images[first :: self.reader.num_members]]
+        return MicroBatch(
+            build_pack(samples, v, self.config.row_multiple),
+            torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        )
 
-    def _read(self, number: int) -> tuple[Sample, list[Tensor]]:
-        """Returns a sample and the pixels of the images it keeps."""
+    def _read(self, number: int) -> tuple[Sample, list[StoredImage]]:
+        """Returns a sample and the images it keeps."""
         shards, local = self.samples.locate(number)
         members, data = shards.members(local), self.config.data
         record = json.loads(members["json"])
@@ -165,23 +195,15 @@ class BatchSource(Dataset[GlobalBatch]):
                 f"{shards.place}: record {record['id']} has {len(sample.text_token_ids)} text tokens, but not in the "
                 f"length table; delete lengths-*.npz in data.cache={data.cache}"
             )
-        stored = [record["images"][i] for i in sample.image_indices]
-        return sample, [self._decode(members[image["member"]], record, image, shards) for image in stored]
+        name = f"{shards.place}: record {record['id']} (index {record['source_index']})"
+        kept = [record["images"][i] for i in sample.image_indices]
+        return sample, [StoredImage(members[image["member"]], f"{name}, image {image['path']}") for image in kept]
 
-    def _decode(self, data: bytes, record: dict, image: dict, shards: ShardSet) -> Tensor:
+    def _decode(self, image: StoredImage) -> Tensor:
         try:
-            return decode_image(data, self.image_processor, self.config.data.exact_images)
+            return decode_image(image.data, self.image_processor, self.config.data.exact_images)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            name = f"record {record['id']} (index {record['source_index']}), image {image['path']}"
-            raise ValueError(f"{shards.place}: {name} does not decode: {error}") from None
-
-    def _nothing(self) -> MicroBatch:
-        empty = empty_pack(self.config.model.vision.num_tokens)
-        return MicroBatch(empty, self._stack([]))
-
-    def _stack(self, images: list[Tensor]) -> Tensor:
-        size = self.config.model.vision.image_size
-        return torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+            raise ValueError(f"{image.name} does not decode: {error}") from None
 
 
 def open_shards(config: RunConfig) -> list[ShardSet]:
@@ -210,26 +232,25 @@ def load_table(config: RunConfig, sets: Sequence[ShardSet], console: Console) ->
     return join([length_table(shards, encoding, data.cache, console) for shards in sets])
 
 
-def build_source(
-    config: RunConfig, sets: Sequence[ShardSet], table: LengthTable, rank: int, num_ranks: int
-) -> BatchSource:
-    """Returns the batches of a run for one of `num_ranks` data-parallel ranks."""
+def build_source(config: RunConfig, sets: Sequence[ShardSet], table: LengthTable, reader: Reader) -> BatchSource:
+    """Returns the batches of a run as one process sees them."""
     sources = [Source(tuple(s.shard_sizes), part.repeat) for s, part in zip(sets, config.data.shards, strict=True)]
     return BatchSource(
         config,
-        Schedule(config, sources, table, num_ranks),
+        Schedule(config, sources, table, reader.num_ranks),
         Mixture(sets),
         AutoTokenizer.from_pretrained(config.init.base),
         load_image_processor(config.init.base, config.data.image_aspect_ratio),
-        rank,
+        reader,
     )
 
 
 def build_pack(samples: list[Sample], num_tokens_per_image: int, row_multiple: int = 1) -> Pack:
     """Returns the samples in one row, in the given order.
 
-    The row is filled up to a multiple of `row_multiple` by a last sample of text that has no target, and that no other
-    sample sees: kernels for 8-bit numbers and sequence parallelism want that.
+    Text and visual rows are each filled up to a multiple of `row_multiple`, by a last sample without targets that no
+    other sample sees: kernels for 8-bit numbers and sequence parallelism want that. A pack of no samples is one such
+    sample: work for a process that has none, so that all stay in step.
     """
 
     def row(name: str, fill: list[int]) -> Tensor:
@@ -238,7 +259,9 @@ def build_pack(samples: list[Sample], num_tokens_per_image: int, row_multiple: i
 
     lengths = [len(sample.text_token_ids) for sample in samples]
     num_padding = padded_rows(sum(lengths), row_multiple) - sum(lengths)
-    padding = [num_padding] if num_padding else []
+    num_visual = num_tokens_per_image * sum(len(sample.image_positions) for sample in samples)
+    num_visual_padding = padded_rows(num_visual, row_multiple) - num_visual if row_multiple > 1 else 0
+    padding = [num_padding] if num_padding or num_visual_padding else []
     return Pack(
         token_ids_T=row("text_token_ids", [0] * num_padding),
         positions_T=row("text_positions", list(range(num_padding))),
@@ -247,4 +270,5 @@ def build_pack(samples: list[Sample], num_tokens_per_image: int, row_multiple: i
         text_lengths=lengths + padding,
         image_counts=[len(sample.image_positions) for sample in samples] + [0] * len(padding),
         num_tokens_per_image=num_tokens_per_image,
+        num_visual_padding=num_visual_padding,
     )

@@ -15,12 +15,18 @@ import torch
 from megatron.core import parallel_state
 
 from model.cpu_backend import use_cpu_as_cuda
+from model.parallel import ParallelConfig
 
 TIMEOUT_MINUTES = 30  # loading a base folder or compiling kernels on one rank must not kill the others
 
 
-def initialize_distributed() -> torch.device:
-    """Joins the process group and returns this process's device. Uses NCCL on GPUs and gloo on CPUs."""
+def initialize_distributed(parallel: ParallelConfig | None = None) -> torch.device:
+    """Joins the process group and returns this process's device. Uses NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        ValueError: The processes cannot be divided as `parallel` asks.
+    """
+    parallel = parallel or ParallelConfig()
     use_cpu_as_cuda()
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it lists every bucket and configuration at INFO
     on_gpu = torch.cuda.is_available()
@@ -34,9 +40,28 @@ def initialize_distributed() -> torch.device:
         else:
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             torch.distributed.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+    check_world_size(parallel, torch.distributed.get_world_size())
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.chunks_per_rank if parallel.chunks_per_rank > 1 else None,
+        )
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
+    """Makes sure that replicas of the model fill the processes.
+
+    Raises:
+        ValueError: They do not.
+    """
+    replica = parallel.tp * parallel.pp
+    if num_processes % replica:
+        raise ValueError(
+            f"parallel.tp={parallel.tp} times parallel.pp={parallel.pp} must divide the number of processes, "
+            f"{num_processes}; start a multiple of {replica}, or lower them"
+        )
 
 
 def computed_once[Value](compute: Callable[[], Value]) -> Value:

@@ -18,9 +18,10 @@ from data_prep.console import run
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf_folder import write_hf_folder
 from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
-from pipeline.checkpoint import check_base, find_checkpoint, load_trained_parameters, read_info
+from pipeline.checkpoint import load_trained_parameters
 from pipeline.config import RunConfig
 from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.run_info import check_base, find_checkpoint, read_info
 from pipeline.start import load_image_processor
 from pipeline.templates import chat_template, end_of_answer
 

@@ -22,17 +22,11 @@ from model.saisa import SaisaModel
 from model.weights import SHARED
 from pipeline.config import OptimConfig, RunConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
-def freeze(model: SaisaModel, stage: str) -> list[str]:
-    """Freezes what `stage` does not train and returns the names of the parameters it does."""
-    trained = []
+def freeze(model: SaisaModel, stage: str) -> None:
+    """Freezes what a stage of training does not train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage == "finetune" or name.startswith(SHARED))
-        if parameter.requires_grad:
-            trained.append(name)
-    return trained
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
@@ -47,20 +41,25 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
     return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def wrap(model: SaisaModel, groups: ProcessGroupCollection) -> DistributedDataParallel:
-    """Returns the model with its trained parameters' gradients in buffers that the distributed optimizer shares out."""
-    model.config.finalize_model_grads_func = finalize_model_grads
+def wrap(stages: list[SaisaModel], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+    """Returns the stages with their gradients in buffers that the distributed optimizer shares out."""
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layout = DistributedOptimizer.compute_full_param_layout(trained, None, groups.dp_cp.size(), ddp_config)
-    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups, full_param_layout=layout)
+    wrapped = []
+    for stage in stages:
+        stage.config.finalize_model_grads_func = finalize_model_grads
+        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        layout = DistributedOptimizer.compute_full_param_layout(trained, None, groups.dp_cp.size(), ddp_config)
+        wrapped.append(
+            DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups, full_param_layout=layout)
+        )
+    return wrapped
 
 
 def build_optimizer(
-    wrapped: DistributedDataParallel, config: RunConfig, groups: ProcessGroupCollection
+    wrapped: list[DistributedDataParallel], config: RunConfig, groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """Returns AdamW with its states divided over the data-parallel group; the rate is set every step."""
-    optim, bf16 = config.optim, config.train.precision == "bf16"
+    optim, bf16 = config.optim, config.compute.dtype == torch.bfloat16
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=optim.learning_rate,
@@ -70,10 +69,10 @@ def build_optimizer(
         adam_eps=optim.adam_epsilon,
         clip_grad=optim.clip_grad_norm,
         bf16=bf16,
-        params_dtype=DTYPES[config.train.precision],
+        params_dtype=config.compute.dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, [wrapped], use_gloo_process_groups=False, pg_collection=groups)
+    optimizer = get_megatron_optimizer(optimizer_config, [*wrapped])
     for adam in _torch_adams(optimizer):
         for parameter in chain.from_iterable(group["params"] for group in adam.param_groups):
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -84,8 +83,15 @@ def build_optimizer(
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Loads a state that `MegatronOptimizer.sharded_state_dict` described.
 
-    Megatron-core 0.19 leaves the step count of a torch Adam in its parameter groups, where torch does not look.
+    Megatron-core 0.19 leaves the step count of a torch Adam in its parameter groups, where torch does not look, and
+    looks for it among the loaded moments, where it is not.
     """
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, Adam):
+            set_state = part._set_main_param_and_optimizer_states
+            part._set_main_param_and_optimizer_states = lambda parameter, loaded, set_state=set_state: set_state(
+                parameter, {"step": None, **loaded}
+            )
     with torch.no_grad():  # in fp32 the optimizer writes through views of the model's own parameters
         optimizer.load_state_dict(state)
     for adam in _torch_adams(optimizer):
@@ -100,5 +106,8 @@ def _torch_adams(optimizer: MegatronOptimizer) -> list[Adam]:
 
     Megatron-core 0.19 cannot describe the state of a torch Adam that has not stepped, so ours start with one.
     """
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [adam for adam in inner if isinstance(adam, Adam)]
+    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, Adam)]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -21,7 +21,7 @@ from data_prep.console import UsageError, run
 from data_prep.files import write_whole
 from model.pack import IGNORE_INDEX
 from pipeline.config import load_config
-from pipeline.data import BatchSource, MicroBatch, build_source, load_table, open_shards
+from pipeline.data import BatchSource, MicroBatch, Reader, build_source, load_table, open_shards
 from pipeline.templates import Tokenizer
 
 Span = tuple[str, str]
@@ -43,7 +43,7 @@ def main(
     shown = range(ranks) if rank is None else [rank]
     if ranks < 1 or (rank is not None and not 0 <= rank < ranks):
         raise UsageError(f"--rank {rank} --ranks {ranks}: name a rank below the number of ranks")
-    sources = [build_source(resolved, sets, table, number, ranks) for number in shown]
+    sources = [build_source(resolved, sets, table, Reader(number, ranks)) for number in shown]
     if not 0 <= step < sources[0].num_steps:
         raise UsageError(f"--step {step}: the run has steps 0 to {sources[0].num_steps - 1}")
     if html:
@@ -73,13 +73,15 @@ def describe(source: BatchSource, step: int) -> Iterator[tuple[str, list[Span], 
     """Yields each sample of a rank's packs: its name, its text in spans, its images as uint8[H, W, 3]."""
     plan = source.schedule.plan(step)
     batch = source[step]
-    for number, (micro_batch, pack) in enumerate(zip(batch.micro_batches, plan.packs[source.rank], strict=False)):
+    for number, (micro_batch, pack) in enumerate(
+        zip(batch.micro_batches, plan.packs[source.reader.rank], strict=False)
+    ):
         images = iter(micro_batch.pixels_B3HW.permute(0, 2, 3, 1).numpy())
         for sample, spans in zip(pack, sample_spans(micro_batch, source.tokenizer), strict=False):
             shards, local = source.samples.locate(sample)
             record = shards.record(local)
             name = (
-                f"rank {source.rank}, pack {number + 1} of {len(batch.micro_batches)}: sample {sample} of "
+                f"rank {source.reader.rank}, pack {number + 1} of {len(batch.micro_batches)}: sample {sample} of "
                 f"{shards.place}, record {record['id']} (index {record['source_index']})"
             )
             yield name, spans, [next(images) for kind, _ in spans if kind == "image"]

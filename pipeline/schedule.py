@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from model.flops import forward_flops
+from model.flops import training_flops
 from pipeline.config import RunConfig
 from pipeline.lengths import LengthTable
 from pipeline.order import Source, batch_position, order, steps_per_epoch
@@ -21,7 +21,8 @@ from pipeline.packing import SampleSize, deal_samples, imbalance, pack_samples, 
 class BatchCounts:
     """What the whole global batch holds, over all ranks.
 
-    `num_skipped` samples could not be encoded; `imbalance_fraction` is by how much the busiest rank exceeds the mean.
+    `num_skipped` samples could not be encoded; `training_flops` are the model's, forward and backward, without the
+    encoder's; `imbalance_fraction` is by how much the busiest rank exceeds the mean.
     """
 
     num_samples: int
@@ -32,7 +33,7 @@ class BatchCounts:
     num_text_tokens: int
     num_padding_tokens: int
     num_visual_tokens: int
-    forward_flops: int
+    training_flops: int
     imbalance_fraction: float
 
 
@@ -60,8 +61,10 @@ class Schedule:
         self.num_steps = steps_per_epoch(self.num_drawn, config.train.global_batch_size) * config.train.num_epochs
         if config.train.max_steps is not None:
             self.num_steps = min(self.num_steps, config.train.max_steps)
-        text, images = (table.column(name).astype(np.int64) for name in ("num_text", "num_images"))
-        self.flops = forward_flops(config.model, text, images * config.model.vision.num_tokens)
+        text, images, targets = (
+            table.column(name).astype(np.int64) for name in ("num_text", "num_images", "num_targets")
+        )
+        self.flops = training_flops(config.model, config.stage, text, images * config.model.vision.num_tokens, targets)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns int64[num_drawn], the samples of an epoch in their order."""
@@ -94,9 +97,9 @@ class Schedule:
             num_dropped_targets=int(values["dropped"].sum()),
             num_truncated_tokens=int(values["cut"].sum()),
             num_text_tokens=sum(rows),
-            num_padding_tokens=sum(padded_rows(num_rows, data.row_multiple) - num_rows for num_rows in rows),
+            num_padding_tokens=sum(padded_rows(num_rows, self.config.row_multiple) - num_rows for num_rows in rows),
             num_visual_tokens=int(values["images"].sum()) * self.config.model.vision.num_tokens,
-            forward_flops=sum(flops),
+            training_flops=sum(flops),
             imbalance_fraction=imbalance(ranks, flops),
         )
         epoch, _ = batch_position(step, self.num_drawn, self.config.train.global_batch_size)

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from torch.distributed import ProcessGroup
+
 from model.config import ModelConfig, model_config_from_hf
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.saisa import SaisaModel
-from model.vision import PREFIX
 from model.weights import (
     SHARED,
     Named,
@@ -19,8 +20,9 @@ from model.weights import (
     read_safetensors,
     spread_shared_projector,
 )
-from pipeline.checkpoint import check_base, find_checkpoint, load_trained_parameters, read_info
+from pipeline.checkpoint import load_trained_parameters
 from pipeline.config import RunConfig
+from pipeline.run_info import check_base, find_checkpoint, read_info
 
 
 def base_model_config(base: Path) -> ModelConfig:
@@ -41,14 +43,18 @@ def load_image_processor(base: Path, image_aspect_ratio: str) -> SaisaImageProce
     return SaisaImageProcessor.from_pretrained(base, image_aspect_ratio=image_aspect_ratio)
 
 
-def initial_parameters(config: RunConfig, model: SaisaModel) -> None:
-    """Loads the base's weights and the projectors that `init.projector` names into the model.
+def initial_parameters(config: RunConfig, model: SaisaModel, tp_group: ProcessGroup) -> None:
+    """Loads the base's weights and the projectors that `init.projector` names into a stage of the model.
 
     Raises:
         ValueError: weights are missing or do not fit, or the named run has no checkpoint.
     """
-    stored = read_safetensors(config.init.base, lambda name: not name.startswith(PREFIX))
-    load_parameters(model, chain(from_hf(stored, name_table(config.model)), _projectors(config)))
+    here = {name for name, _ in model.named_parameters()}
+    table = [entry for entry in name_table(config.model) if entry.ours in here]
+    wanted = {name for entry in table for name in entry.theirs}
+    stored = read_safetensors(config.init.base, lambda name: name in wanted)
+    tensors = chain(from_hf(stored, table), _projectors(config))
+    load_parameters(model, tensors, tp_group.rank(), tp_group.size())
 
 
 def _projectors(config: RunConfig) -> Iterator[Named]:

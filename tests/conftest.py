@@ -3,7 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only wait for one another
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare with the CPU, on a machine with GPUs too
+if "SAISA_TEST_GPU" not in os.environ:  # set by `make test-gpu`; all others compare with the CPU, on any machine
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Iterator
 from pathlib import Path

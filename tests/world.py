@@ -1,5 +1,6 @@
 """A tiny world to train in: drawn shapes, a random base, shards written by Ray. Built once a test session."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class World:
     """Folders that runs can use, and how to configure them."""
 
     root: Path
+    sizes: dict[str, int]
 
     def overrides(self, run_dir: Path, **changes: object) -> list[str]:
         """Returns `a.b=c` settings for a demo recipe in this world; `a__b=c` adds to them."""
@@ -33,15 +35,7 @@ class World:
             "data.max_text_tokens_per_pack": 256,
             "data.cache": self.root / "cache",
             "data.prefetch_steps": 0,
-            "model.num_layers": 2,
-            "model.vocab_size": 384,
-            "model.hidden_size": 32,
-            "model.ffn_hidden_size": 48,
-            "model.num_attention_heads": 2,
-            "model.num_query_groups": 1,
-            "model.head_dim": 16,
-            "model.max_positions": 256,
-            "model.vision.hidden_size": 32,
+            **{f"model.{name}": size for name, size in self.sizes.items()},
             "train.global_batch_size": 8,
             "train.max_steps": 6,
             "train.seed": 7,
@@ -55,25 +49,65 @@ class World:
         return load_config(CONFIGS / f"{recipe}.yaml", self.overrides(run_dir, **changes))
 
 
+SIZES = {
+    "num_layers": 2,
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 2,
+    "num_query_groups": 1,
+    "head_dim": 16,
+    "max_positions": 256,
+    "vision.hidden_size": 32,
+}
+# can be divided by two in every way; the vocabulary is no multiple of what it is filled up to
+DEEP_SIZES = SIZES | {
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 8,
+    "vocab_size": 380,
+}
+
+
+def build_world(root: Path, sizes: dict[str, int], rows_file: str = "finetune.json") -> World:
+    """Returns a world whose shards hold the rows of a file of the drawn data set."""
+    build_tiny_llm(
+        train_tokenizer(read_texts(root / "data/finetune.json"), PHRASES[1:], vocab_size=sizes["vocab_size"]),
+        root / "llm",
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["ffn_hidden_size"],
+        num_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_attention_heads"],
+        num_key_value_heads=sizes["num_query_groups"],
+        max_positions=sizes["max_positions"],
+    )
+    build_tiny_clip(root / "clip", hidden_size=sizes["vision.hidden_size"])
+    compose_base(root / "llm", root / "clip", root / "base", chat_template=chat_template("v1"))
+    make_shards(root / "data" / rows_file, root / "data/images", root / "shards", Settings(), workers=1)
+    return World(root, sizes)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     write_dataset(root / "data", num_train=60, num_test=8, seed=0, image_size=64)
-    build_tiny_llm(
-        train_tokenizer(read_texts(root / "data/finetune.json"), PHRASES[1:], vocab_size=384),
-        root / "llm",
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_positions=256,
-    )
-    build_tiny_clip(root / "clip", hidden_size=32)
-    compose_base(root / "llm", root / "clip", root / "base", chat_template=chat_template("v1"))
-    make_shards(root / "data/finetune.json", root / "data/images", root / "shards", Settings(), workers=1)
-    return World(root)
+    return build_world(root, SIZES)
+
+
+@pytest.fixture(scope="session")
+def deep_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with a model that can be divided, and rows of no, one and two images."""
+    root = tmp_path_factory.mktemp("deep")
+    write_dataset(root / "data", num_train=60, num_test=8, seed=0, image_size=64)
+    rows = json.loads((root / "data/finetune.json").read_text())
+    for one, other in zip(rows[0::5], rows[1::5], strict=False):
+        if "image" in one and "image" in other:
+            one["image"] = [one["image"], other["image"]]
+            one["conversations"][0]["value"] = "<image>\n" + one["conversations"][0]["value"]
+    (root / "data/mixed.json").write_text(json.dumps(rows))
+    return build_world(root, DEEP_SIZES, "mixed.json")
 
 
 @pytest.fixture(scope="session")
@@ -89,5 +123,24 @@ def stage2(world: World, stage1: RunConfig, tmp_path_factory: pytest.TempPathFac
     """A finished stage 2 that saved every second step."""
     changes = {"init__projector": stage1.run_dir, "checkpoint__save_every_steps": 2, "checkpoint__keep_last": 9}
     config = world.config("demo-stage2", tmp_path_factory.mktemp("runs") / "stage2", **changes)
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def deep_stage1(deep_world: World, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished stage 1 of a model that can be divided: four layers, two key/value heads."""
+    folder = tmp_path_factory.mktemp("runs") / "stage1"
+    config = deep_world.config("demo-stage1", folder, optim__learning_rate=1e-2)
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def deep_stage2(deep_world: World, deep_stage1: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished stage 2 of a model that can be divided."""
+    folder = tmp_path_factory.mktemp("runs") / "stage2"
+    changes = {"init__projector": deep_stage1.run_dir, "checkpoint__save_every_steps": 3, "checkpoint__keep_last": 9}
+    config = deep_world.config("demo-stage2", folder, **changes)
     train(config)
     return config

@@ -5,8 +5,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from model.compute import ComputeConfig, build_transformer_config
 from model.config import ModelConfig, VisionConfig
 from model.pack import IGNORE_INDEX, Pack
+from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from model.weights import from_hf, load_parameters, name_table, to_hf
 from tests.model.reference import reference_logits, reference_loss
@@ -92,7 +94,9 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def build(model: ModelConfig, shared_projector: bool = False) -> SaisaModel:
-    return SaisaModel(model, shared_projector, torch.float32, ProcessGroupCollection.use_mpu_process_groups())
+    config = build_transformer_config(model, ComputeConfig(precision="fp32"), ParallelConfig(), shared_projector)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared_projector)
 
 
 def reference_total(weights: dict[str, Tensor], model: ModelConfig, pack: Pack, features: Tensor) -> Tensor:
@@ -160,9 +164,9 @@ def test_the_shared_projector_is_the_same_projector_in_every_layer(megatron):
     ]
     load_parameters(saisa, ours)
     saisa(pack, features).sum().backward()
-    for number, part in (("0", "linear_fc1"), ("2", "linear_fc2")):
+    for number, part in (("0", "fc1"), ("2", "fc2")):
         for kind in ("weight", "bias"):
-            parameter = saisa.get_parameter(f"shared_projector.mlp.{part}.{kind}")
+            parameter = saisa.get_parameter(f"shared_projector.{part}.{kind}")
             theirs = shared[f"model.layers.0.mm_projector.{number}.{kind}"]
             assert_equal_to_rounding(gradient(parameter), gradient(theirs), f"{part}.{kind}")
 

@@ -30,8 +30,7 @@ def test_stage_2_starts_from_n_copies_of_the_shared_projector():
     spread = dict(spread_shared_projector(shared, model.num_layers))
     assert len(spread) == model.num_layers * len(shared)
     assert all(
-        torch.equal(spread[f"layers.{i}.projector.mlp.linear_fc1.bias"], shared["shared_projector.mlp.linear_fc1.bias"])
-        for i in range(3)
+        torch.equal(spread[f"layers.{i}.projector.fc1.bias"], shared["shared_projector.fc1.bias"]) for i in range(3)
     )
 
 

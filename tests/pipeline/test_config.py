@@ -30,7 +30,7 @@ def test_recipes_have_the_hyper_parameters_of_table_8(name):
     assert (stage2.data.image_aspect_ratio, stage2.data.max_positions) == ("pad", 2048)
     for config in (stage1, stage2):
         assert (config.optim.warmup_fraction, config.optim.weight_decay, config.train.num_epochs) == (0.03, 0, 1)
-        assert (config.optim.adam_beta1, config.optim.adam_beta2, config.train.precision) == (0.9, 0.999, "bf16")
+        assert (config.optim.adam_beta1, config.optim.adam_beta2, config.compute.precision) == (0.9, 0.999, "bf16")
         assert config.model.vision.num_tokens == 576
 
 
@@ -53,7 +53,7 @@ def test_overrides_win_over_the_file():
         ("model.num_query_groups=3", "must divide model.num_attention_heads=4; use one of [1, 2, 4]"),
         ("model.vision.select_layer=-9", "must be one of the 3 hidden states"),
         ("train.global_batch_size=0", "train.global_batch_size=0: input should be greater than 0"),
-        ("train.precision=fp64", "train.precision='fp64': input should be 'bf16' or 'fp32'"),
+        ("compute.precision=fp64", "compute.precision='fp64': input should be 'bf16', 'fp32' or 'fp8'"),
         ("optim.learning_rate", "must look like section.key=value"),
         ("stage.x=1", "'stage' is a single value"),
     ],

@@ -10,14 +10,14 @@ from transformers import AutoTokenizer
 
 from model.pack import IGNORE_INDEX
 from pipeline.config import RunConfig
-from pipeline.data import BatchSource, build_pack, build_source, load_table, open_shards
+from pipeline.data import BatchSource, Reader, build_pack, build_source, load_table, open_shards
 from pipeline.samples import build_sample
 from pipeline.shards import ShardSet
 
 
 def source(config: RunConfig, rank: int = 0, num_ranks: int = 1) -> BatchSource:
     sets = open_shards(config)
-    return build_source(config, sets, load_table(config, sets, Console(quiet=True)), rank, num_ranks)
+    return build_source(config, sets, load_table(config, sets, Console(quiet=True)), Reader(rank, num_ranks))
 
 
 def with_data(config: RunConfig, **changes: object) -> RunConfig:

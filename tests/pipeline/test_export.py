@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from model.vision import encode_images
-from pipeline.checkpoint import find_checkpoint, restore_checkpoint
+from pipeline.checkpoint import restore_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.evaluate import evaluate
 from pipeline.export import export
+from pipeline.run_info import find_checkpoint
 from pipeline.train import build
 
 
@@ -24,14 +24,15 @@ def exported(stage2, tmp_path_factory):
 def test_logits_equal_the_training_models(stage2, exported):
     hf = AutoModelForImageTextToText.from_pretrained(exported, trust_remote_code=True)
     state = build(stage2, initialize_distributed())
-    restore_checkpoint(find_checkpoint(stage2.run_dir), state.run, state.model, state.optimizer, state.groups)
+    restore_checkpoint(find_checkpoint(stage2.run_dir), state.run, state.stages, state.optimizer, state.groups)
+    (model,) = state.stages
     num_tokens, image_token = stage2.model.vision.num_tokens, hf.config.image_token_id
     for micro_batch in state.source[0].micro_batches:
         pack = micro_batch.pack
         pixels = state.source.image_processor.normalize(micro_batch.pixels_B3HW)
         with torch.no_grad():
-            features = encode_images(state.tower, pixels, 4, stage2.model.vision.hidden_size)
-            ours = state.model.logits(state.model.hidden_states(pack, features))
+            features = state.tower(pixels) if len(pixels) else torch.zeros(0, num_tokens, 32)
+            ours = model.logits(model.hidden_states(pack, features.flatten(0, 1)))[:, : stage2.model.vocab_size]
         text = image = 0
         for length, count in zip(pack.text_lengths, pack.image_counts, strict=True):
             rows, images = slice(text, text + length), slice(image, image + count)

@@ -27,8 +27,9 @@ def test_warm_up_then_cosine_to_zero():
 
 def test_each_stage_trains_exactly_its_parameters(megatron):
     stage1 = build(tiny(), shared_projector=True)
-    projector = [f"shared_projector.mlp.linear_fc{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")]
-    assert set(freeze(stage1, "pretrain")) == set(projector)
+    projector = [f"shared_projector.fc{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")]
+    freeze(stage1, "pretrain")
     assert {name for name, p in stage1.named_parameters() if p.requires_grad} == set(projector)
     stage2 = build(tiny())
-    assert set(freeze(stage2, "finetune")) == {name for name, _ in stage2.named_parameters()}
+    freeze(stage2, "finetune")
+    assert all(parameter.requires_grad for parameter in stage2.parameters())

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep.console import command
-from pipeline.data import build_source, load_table, open_shards
+from pipeline.data import Reader, build_source, load_table, open_shards
 from pipeline.preview import Console, describe, main, page
 from tests.world import CONFIGS
 
@@ -26,7 +26,7 @@ def run_cli(world, tmp_path, *arguments: object) -> tuple[int, str]:
 def sources(config, num_ranks: int):
     sets = open_shards(config)
     table = load_table(config, sets, Console(quiet=True))
-    return [build_source(config, sets, table, rank, num_ranks) for rank in range(num_ranks)]
+    return [build_source(config, sets, table, Reader(rank, num_ranks)) for rank in range(num_ranks)]
 
 
 def test_targets_are_the_answers_of_the_records(stage2):

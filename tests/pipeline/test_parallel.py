@@ -1,0 +1,102 @@
+"""Every way to divide the model gives the losses, the gradients and the weights of one process, and resumes the others.
+
+The rows of these runs have no, one or two images, and the ranks different numbers of micro-batches.
+"""
+
+import shutil
+
+import pytest
+import torch
+
+from pipeline.checkpoint import load_trained_parameters
+from pipeline.config import RunConfig
+from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.metrics import read_metrics
+from pipeline.run_info import latest_checkpoint
+from pipeline.train import train
+from tests.processes import run_together
+
+# fp32 sums in another order, amplified by the steps of Adam. Worst seen: losses 2e-6, gradient norms 2e-5.
+TOLERANCE = 1e-4
+SPLITS = {
+    "TP2": (2, {"tp": 2}),
+    "TP2 sequence": (2, {"tp": 2, "sequence_parallel": True}),
+    "PP2": (2, {"pp": 2}),
+    "PP2 interleaved": (2, {"pp": 2, "chunks_per_rank": 2}),
+    "DP2": (2, {}),
+    "TP2 PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "TP2 DP2": (4, {"tp": 2}),
+    "PP2 DP2": (4, {"pp": 2}),
+}
+
+
+def divided(config: RunConfig, run_dir, **parallel) -> RunConfig:
+    values = config.model_dump() | {"run_dir": run_dir}
+    return RunConfig.model_validate(values | {"parallel": parallel})
+
+
+def trained_parameters(config: RunConfig) -> dict[str, torch.Tensor]:
+    checkpoint = latest_checkpoint(config.run_dir)
+    assert checkpoint is not None
+    initialize_distributed()
+    stored = load_trained_parameters(checkpoint)
+    shutdown_distributed()
+    return stored
+
+
+def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
+    for one, other in zip(read_metrics(ours.run_dir), read_metrics(theirs.run_dir), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
+    mine, expected = trained_parameters(ours), trained_parameters(theirs)
+    assert mine.keys() == expected.keys()
+    for name, tensor in mine.items():
+        assert (tensor - expected[name]).abs().max() <= TOLERANCE * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, stage, split, tmp_path):
+    num_processes, parallel = SPLITS[split]
+    whole = deep_stage1 if stage == "pretrain" else deep_stage2
+    config = divided(whole, tmp_path, **parallel)
+    run_together(num_processes, train, config)
+    assert_same_run(config, whole)
+
+
+@pytest.mark.parametrize(
+    "split", ["TP2 sequence", "PP2 interleaved", "TP2 PP2", "DP2"], ids=lambda split: f"one to {split}"
+)
+def test_a_run_goes_on_when_it_is_divided_otherwise(deep_stage2, split, tmp_path):
+    num_processes, parallel = SPLITS[split]
+    config = divided(deep_stage2, tmp_path, **parallel)
+    keep_until_step(deep_stage2, 3, tmp_path)
+    run_together(num_processes, train, config)
+    assert_same_run(config, deep_stage2)
+
+
+def test_a_divided_run_goes_on_in_one_process(deep_stage2, tmp_path):
+    num_processes, parallel = SPLITS["TP2 PP2"]
+    split = divided(deep_stage2, tmp_path / "split", **parallel)
+    run_together(num_processes, train, split)
+    whole = divided(deep_stage2, tmp_path / "whole")
+    keep_until_step(split, 3, whole.run_dir)
+    train(whole)
+    assert_same_run(whole, deep_stage2)
+
+
+def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(deep_stage2, tmp_path):
+    num_processes, parallel = SPLITS["TP2 PP2"]
+    first, second = (divided(deep_stage2, tmp_path / name, **parallel) for name in ("first", "second"))
+    run_together(num_processes, train, first)
+    keep_until_step(first, 3, second.run_dir)
+    run_together(num_processes, train, second)
+    one, other = (read_metrics(config.run_dir) for config in (first, second))
+    assert [(step["loss"], step["grad_norm"]) for step in one] == [(step["loss"], step["grad_norm"]) for step in other]
+
+
+def keep_until_step(config: RunConfig, step: int, run_dir) -> None:
+    """Makes `run_dir` what a run leaves that ends after a step."""
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(config.run_dir / name, run_dir / name)
+    shutil.copy(config.run_dir / "metrics.jsonl", run_dir)
