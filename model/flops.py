@@ -154,6 +154,16 @@ def training_flops[Count: (int, np.ndarray)](
     return projectors + queries + attention + passes * (n * p.linear_other + p.head)
 
 
+def stage_costs(
+    model: ModelConfig, stage: TrainingStage, num_text: int, num_visual: int, num_targets: int
+) -> tuple[int, int]:
+    """Returns the FLOPs of one layer and of the head for a typical sample: what pipeline stages are evened out by."""
+    sizes = (stage, num_text, num_visual)
+    one, two = (training_flops(model.model_copy(update={"num_layers": n}), *sizes, num_targets) for n in (1, 2))
+    headless = training_flops(model.model_copy(update={"num_layers": 1}), *sizes, 0)
+    return two - one, one - headless
+
+
 def encoder_forward_flops(vision: VisionConfig, ffn_hidden_size: int) -> int:
     """Returns the FLOPs of encoding one image; the encoder is frozen and has no backward pass.
 

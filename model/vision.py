@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from model.config import VisionConfig
+from model.flops import encoder_forward_flops
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.vision_saisa import VisionTower
 from model.weights import read_safetensors
@@ -36,6 +38,12 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
         raise ValueError(f"{base}: the vision encoder lacks {len(missing)} weights, such as {PREFIX}{missing[0]}")
     tower.load_state_dict(weights, strict=False)
     return tower.to(device, dtype)
+
+
+def flops_per_image(base: Path, vision: VisionConfig) -> int:
+    """Returns the FLOPs of encoding one image with the encoder of a base folder."""
+    stored = SaisaConfig.from_pretrained(base).vision_config
+    return encoder_forward_flops(vision, stored.intermediate_size)
 
 
 def encode_together(

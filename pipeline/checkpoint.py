@@ -54,6 +54,8 @@ class CheckpointWriter:
         self.calls = AsyncCallsQueue()
 
     def __enter__(self) -> Self:
+        if torch.distributed.get_rank() == 0:
+            self._remove_old()  # a kill may have come before
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -67,7 +69,6 @@ class CheckpointWriter:
         self.poll(wait=True)
         part = self.folder / f"step-{step:08d}.part"
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         torch.distributed.barrier()
         # Megatron-core would start a process that imports this whole program, only to hold the queue of results.
@@ -107,10 +108,16 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
             sync_folder(folder.parent)
-            for old in sorted(folder.parent.glob("step-????????"))[: -self.keep_last]:
-                shutil.rmtree(old)
+            self._remove_old()
         torch.distributed.barrier()
         self.say(f"saved {folder}")
+
+    def _remove_old(self) -> None:
+        """Removes all but the last checkpoints, none of them by halves under its final name, and unfinished ones."""
+        for part in self.folder.glob("*.part"):
+            shutil.rmtree(part)
+        for old in sorted(self.folder.glob("step-????????"))[: -self.keep_last]:
+            shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
 def restore_checkpoint(

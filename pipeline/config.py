@@ -109,6 +109,8 @@ class LogConfig(Section):
 
     every_steps: int = Field(default=10, gt=0, description="steps between lines where the output is not a terminal")
     tensorboard: bool = True
+    wandb_project: str | None = Field(default=None, description="Weights & Biases; the package must be installed")
+    peak_tflops: float | None = Field(default=None, gt=0, description="of the chip in bf16, for MFU; known for some")
 
 
 class RunConfig(Section):

@@ -1,11 +1,18 @@
-"""What a run tells: a progress bar or plain lines, `metrics.jsonl` with every step, TensorBoard. Rank 0 only."""
+"""What a run tells: a progress bar or plain lines, `metrics.jsonl` with every step, TensorBoard, Weights & Biases.
 
+The first process only. Model FLOPs are SAISA's own and the encoder's, each counted once, forward and backward; MFU is
+their rate over what the chip's tensor cores do in bf16, also under FP8.
+"""
+
+import importlib
 import json
+import resource
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -17,7 +24,10 @@ from pipeline.schedule import BatchCounts
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step over a global batch. `step` counts finished steps; rates include the wait for data."""
+    """One optimizer step over a global batch. `step` counts finished steps; rates include the wait for data.
+
+    `peak_memory_bytes` is the most this process had so far: of the GPU, or of the machine where there is none.
+    """
 
     step: int
     epoch: int
@@ -27,21 +37,52 @@ class StepMetrics:
     step_seconds: float
     data_wait_fraction: float
     counts: BatchCounts
+    flops: int
+    num_processes: int
+    peak_memory_bytes: int
 
     @property
     def samples_per_second(self) -> float:
         """Samples of the global batch over the time of the step."""
         return self.counts.num_samples / self.step_seconds
 
-    def values(self) -> dict[str, float]:
-        """Returns every number by name, as a line of `metrics.jsonl` has it."""
+    @property
+    def tflops_per_second(self) -> float:
+        """10^12 model FLOPs a second, of each process."""
+        return self.flops / self.step_seconds / self.num_processes / 1e12
+
+    def values(self, peak_tflops: float | None = None) -> dict[str, float]:
+        """Returns every number by name, as a line of `metrics.jsonl` has it; `mfu` if the chip's peak is known."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
+        num_rows = self.counts.num_text_tokens + self.counts.num_padding_tokens
         rates = {
             "samples_per_second": self.samples_per_second,
             "text_tokens_per_second": self.counts.num_text_tokens / self.step_seconds,
             "visual_tokens_per_second": self.counts.num_visual_tokens / self.step_seconds,
+            "tflops_per_second": self.tflops_per_second,
+            "padding_fraction": self.counts.num_padding_tokens / num_rows,
         }
-        return own | asdict(self.counts) | rates
+        mfu = {} if peak_tflops is None else {"mfu": self.tflops_per_second / peak_tflops}
+        return own | asdict(self.counts) | rates | mfu
+
+
+# bf16 on the tensor cores without sparsity, in 10^12 FLOPs a second. Source: NVIDIA's data sheets.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "L40S": 362}
+
+
+def peak_tflops(config: LogConfig) -> float | None:
+    """Returns the peak of this process's chip, as configured or as its name tells; None if neither says."""
+    if config.peak_tflops is not None or not torch.cuda.is_available():
+        return config.peak_tflops
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_memory() -> int:
+    """Returns the most bytes this process has had so far, on its GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 class MetricsLog:
@@ -61,6 +102,8 @@ class MetricsLog:
         self.tensorboard = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1) if config.tensorboard else None
         )
+        self.wandb = start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
+        self.peak_tflops = peak_tflops(config)
         self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> Self:
@@ -75,17 +118,21 @@ class MetricsLog:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one finished step."""
         if self.silent:
             return
-        values = metrics.values()
+        values = metrics.values(self.peak_tflops)
         self.file.write(json.dumps(values) + "\n")
         if self.tensorboard:
             for name, value in values.items():
                 if name != "step":
                     self.tensorboard.add_scalar(name, value, metrics.step)
+        if self.wandb:
+            self.wandb.log(values, step=metrics.step)
         told = f"loss {metrics.loss:.4f}  {metrics.samples_per_second:.1f} samples/s"
         self.progress.update(self.task, completed=metrics.step, description=told)
         due = metrics.step % self.config.every_steps == 0 or metrics.step == self.num_steps
@@ -93,12 +140,29 @@ class MetricsLog:
             per_step = (time.monotonic() - self.started) / (metrics.step - self.first_step)
             left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.num_steps - metrics.step)))
             rate = f"lr {metrics.learning_rate:.2e}  grad norm {metrics.grad_norm:.2f}"
+            if "mfu" in values:
+                rate += f"  {metrics.tflops_per_second:.0f} TFLOP/s  MFU {values['mfu']:.1%}"
             self.say(f"step {metrics.step}/{self.num_steps}  {told}  {rate}  left {left}")
 
     def say(self, line: str) -> None:
         """Prints one line, above the progress bar if there is one."""
         if not self.silent:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def start_wandb(project: str, run_dir: Path) -> Any:
+    """Returns a run of Weights & Biases that goes on where an earlier one of the same folder ended.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            f"log.wandb_project={project} needs the package wandb; install it, or leave log.wandb_project out"
+        ) from None
+    return wandb.init(project=project, name=run_dir.name, id=run_dir.name, dir=run_dir, resume="allow")
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

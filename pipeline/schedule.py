@@ -33,6 +33,7 @@ class BatchCounts:
     num_text_tokens: int
     num_padding_tokens: int
     num_visual_tokens: int
+    num_images: int
     training_flops: int
     imbalance_fraction: float
 
@@ -99,6 +100,7 @@ class Schedule:
             num_text_tokens=sum(rows),
             num_padding_tokens=sum(padded_rows(num_rows, self.config.row_multiple) - num_rows for num_rows in rows),
             num_visual_tokens=int(values["images"].sum()) * self.config.model.vision.num_tokens,
+            num_images=int(values["images"].sum()),
             training_flops=sum(flops),
             imbalance_fraction=imbalance(ranks, flops),
         )

@@ -5,60 +5,26 @@
 The same command continues an interrupted run from its last checkpoint. `train()` is the table of contents.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
-from rich.console import Console
-from torch import Tensor
 
 from data_prep.console import run
 from data_prep.output import code_version
-from model.backend import check_fp8
-from model.compute import build_transformer_config
-from model.config import differences
-from model.hf.vision_saisa import VisionTower
-from model.pack import Pack
-from model.parallel import split_layers, stages_of_rank
-from model.saisa import SaisaModel
-from model.vision import encode_together, load_vision_tower, rows_of_pack
 from pipeline.checkpoint import CheckpointWriter, restore_checkpoint, set_aside_newer, sharded_state
 from pipeline.config import RunConfig, load_config, to_yaml
-from pipeline.data import BatchSource, GlobalBatch, Reader, build_source, load_table, open_shards
-from pipeline.distributed import computed_once, initialize_distributed, shutdown_distributed
-from pipeline.metrics import MetricsLog, StepMetrics
-from pipeline.optimizer import build_optimizer, freeze, learning_rate, wrap
-from pipeline.run_info import RunInfo, checkpoint_to_resume, describe_run
-from pipeline.start import base_model_config, initial_parameters
-from pipeline.stop import STATUS, StopRequest
-
-
-@dataclass
-class TrainState:
-    """Everything a step needs; `step` counts finished optimizer steps."""
-
-    config: RunConfig
-    device: torch.device
-    groups: ProcessGroupCollection
-    stages: list[SaisaModel]
-    wrapped: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    tower: VisionTower
-    source: BatchSource
-    run: RunInfo
-    step: int = 0
-    stop: StopRequest = field(default_factory=StopRequest)
-    is_stopping: bool = False
+from pipeline.data import GlobalBatch
+from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.metrics import MetricsLog
+from pipeline.run_info import checkpoint_to_resume
+from pipeline.state import TrainState, build
+from pipeline.step import train_step
+from pipeline.stop import STATUS
 
 
 def train(config: RunConfig) -> None:
@@ -92,50 +58,6 @@ def train(config: RunConfig) -> None:
         raise SystemExit(STATUS)
 
 
-def build(config: RunConfig, device: torch.device) -> TrainState:
-    """Returns the state at step 0: base weights and projectors loaded, the stage's parameters trainable."""
-    found = base_model_config(config.init.base)
-    if differing := differences(config.model, found):
-        raise ValueError(
-            f"{config.init.base}: not the model of this run: {'; '.join(differing)}; fix `model:` or init.base"
-        )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    sets = open_shards(config)
-    table = computed_once(lambda: load_table(config, sets, Console(stderr=True)))
-    reader = Reader(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
-    source = build_source(config, sets, table, reader)
-    stages = build_stages(config, groups)
-    for stage in stages:
-        initial_parameters(config, stage, groups.tp)
-        freeze(stage, config.stage)
-        stage.to(device)
-    wrapped = wrap(stages, groups)
-    return TrainState(
-        config=config,
-        device=device,
-        groups=groups,
-        stages=stages,
-        wrapped=wrapped,
-        optimizer=build_optimizer(wrapped, config, groups),
-        tower=load_vision_tower(config.init.base, config.compute.dtype, device),
-        source=source,
-        run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
-    )
-
-
-def build_stages(config: RunConfig, groups: ProcessGroupCollection) -> list[SaisaModel]:
-    """Returns this process's stages of the pipeline, without weights."""
-    if config.compute.precision == "fp8":
-        check_fp8(config.compute.fp8_recipe)
-    parallel = config.parallel
-    counts = parallel.layers_per_stage or split_layers(1.0, 0.0, 0.0, config.model.num_layers, parallel.num_stages)
-    transformer = build_transformer_config(config.model, config.compute, parallel, config.shared_projector)
-    return [
-        SaisaModel(config.model, transformer, groups, stage, config.shared_projector, config.compute.attention)
-        for stage in stages_of_rank(counts, groups.pp.rank(), parallel.pp)
-    ]
-
-
 def restore(state: TrainState) -> None:
     """Takes up the run where its checkpoints say, if it has any.
 
@@ -156,108 +78,6 @@ def due(state: TrainState) -> bool:
     """Whether the step that has just ended is one to save after."""
     is_last = state.step == state.source.num_steps
     return state.step % state.config.checkpoint.save_every_steps == 0 or is_last or state.is_stopping
-
-
-def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> StepMetrics:
-    """Runs one optimizer step over a global batch and returns what it measured.
-
-    Once any process has been told to stop, `state.is_stopping` is set on all.
-
-    Raises:
-        ValueError: the loss is not finite; the optimizer has not stepped, and the last checkpoint is sound.
-    """
-    started = time.monotonic()
-    config = state.config
-    if not batch.counts.num_targets:
-        raise ValueError(
-            f"step {batch.step}: none of its {batch.counts.num_samples} samples has a target and "
-            f"{batch.counts.num_skipped} were skipped; does data.template={config.data.template} fit these shards?"
-        )
-    rate = learning_rate(batch.step, state.source.num_steps, config.optim)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    for chunk in state.wrapped:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
-    inputs = model_inputs(state, batch)
-    sums = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(inputs) for _ in state.wrapped],
-        model=[*state.wrapped],
-        num_microbatches=len(inputs),
-        seq_length=config.data.max_text_tokens_per_pack,
-        micro_batch_size=1,
-    )
-    total, state.is_stopping = sum_over_replicas(sums, state)
-    loss = total / batch.counts.num_targets
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"step {batch.step}: the loss is {loss}; stopped before the optimizer step. "
-            f"Lower optim.learning_rate={config.optim.learning_rate:g} or look at the samples of this step"
-        )
-    _, grad_norm, _ = cast(tuple[bool, float | None, int | None], state.optimizer.step())
-    if grad_norm is not None and not math.isfinite(grad_norm):
-        raise ValueError(
-            f"step {batch.step}: the gradient norm is {grad_norm}; the last checkpoint is sound, restart from it"
-        )
-    state.step = batch.step + 1
-    seconds = time.monotonic() - started + wait_seconds
-    return StepMetrics(
-        step=state.step,
-        epoch=batch.epoch,
-        loss=loss,
-        grad_norm=float(grad_norm or 0.0),
-        learning_rate=rate,
-        step_seconds=seconds,
-        data_wait_fraction=wait_seconds / seconds,
-        counts=batch.counts,
-    )
-
-
-def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tensor]]:
-    """Returns every micro-batch's pack and visual features [I, C], on this process's device."""
-
-    def encode(pixels_B3HW: Tensor) -> Tensor:
-        pixels = state.source.image_processor.normalize(pixels_B3HW.to(state.device, non_blocking=True))
-        return state.tower(pixels.to(state.config.compute.dtype))
-
-    packs = [micro_batch.pack for micro_batch in batch.micro_batches]
-    share_B3HW = torch.cat([micro_batch.pixels_B3HW for micro_batch in batch.micro_batches])
-    counts = [pack.num_images for pack in packs]
-    vision = state.config.model.vision
-    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=state.config.compute.dtype)
-    if sum(counts):
-        window = state.config.train.image_batch_size
-        features_BPC = encode_together(encode, share_B3HW, sum(counts), window, state.groups.mp)
-    return [
-        (pack.to(state.device), rows_of_pack(part.to(state.device), pack.num_visual_padding))
-        for pack, part in zip(packs, features_BPC.split(counts), strict=True)
-    ]
-
-
-def forward_step(inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module):
-    """Returns what a chunk of the model makes of its next micro-batch, and how the schedule is to sum losses."""
-    pack, features_IC = next(inputs)
-    return chunk(pack, features_IC), sum_losses
-
-
-def sum_over_replicas(sums: list[Tensor], state: TrainState) -> tuple[float, bool]:
-    """Returns, on every process, the sum of the losses of all replicas and whether any is to stop.
-
-    Only last stages bring losses, the same ones on all their tensor-parallel ranks.
-    """
-    values = torch.tensor([0.0, state.stop.has_come], dtype=torch.float64, device=state.device)
-    if sums and state.groups.tp.rank() == 0:
-        values[0] = torch.stack(sums).sum()
-    torch.distributed.all_reduce(values)
-    total, num_stopping = values.tolist()
-    return total, num_stopping > 0
-
-
-def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the summed loss, the number of targets, and the sum to report: the schedule divides over all ranks."""
-    total = losses.sum()
-    return total, torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), total.detach().clone()
 
 
 def checkpoint_writer(state: TrainState, log: MetricsLog) -> CheckpointWriter:

@@ -1,4 +1,4 @@
-"""A small shard set, written without Ray: eight shards, with a long record and a text without image."""
+"""Shard sets written without Ray. The small one here: eight shards, with a long record and a text without image."""
 
 import io
 import json
@@ -29,8 +29,13 @@ def write_shards(folder: Path, work: Path, seed: int = 0) -> Path:
         rows.append({"id": i, "conversations": turns} | ({"image": f"{i}.png"} if i else {}))
         Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3)).save(work / f"{i}.png")
     (work / "rows.json").write_text(json.dumps(rows))
+    return shard_here(work / "rows.json", work, folder, settings)
+
+
+def shard_here(data: Path, images: Path, folder: Path, settings: Settings) -> Path:
+    """Returns `folder` after doing what `make_shards` does, in this process."""
     folder.mkdir()
-    with open_source(work / "rows.json", work, settings, Console(file=io.StringIO())) as source:
+    with open_source(data, images, settings, Console(file=io.StringIO())) as source:
         plan = build_plan(source.scan, settings)
         summaries = [write_shard(task) for task in build_tasks(source, folder, settings, plan, recheck=False)]
         output.finalize(folder, summaries, source.scan, settings, source.description)

@@ -1,19 +1,19 @@
-"""A tiny world to train in: drawn shapes, a random base, shards written by Ray. Built once a test session."""
+"""A tiny world to train in: drawn shapes, a random base, shards. Built once a test session."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
-from data_prep.shards import make_shards
 from model.import_hf import compose_base
 from orchestration.tiny_base import PHRASES, build_tiny_clip, build_tiny_llm, read_texts, train_tokenizer
 from pipeline.config import RunConfig, load_config
 from pipeline.templates import chat_template
 from pipeline.train import train
+from tests.shard_sets import shard_here
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -24,6 +24,7 @@ class World:
 
     root: Path
     sizes: dict[str, int]
+    batch_size: int = 8
 
     def overrides(self, run_dir: Path, **changes: object) -> list[str]:
         """Returns `a.b=c` settings for a demo recipe in this world; `a__b=c` adds to them."""
@@ -32,11 +33,12 @@ class World:
             "init.base": self.root / "base",
             "data.shards": self.root / "shards",
             "data.template": "v1",
-            "data.max_text_tokens_per_pack": 256,
+            "data.max_positions": self.sizes["max_positions"],
+            "data.max_text_tokens_per_pack": self.sizes["max_positions"],
             "data.cache": self.root / "cache",
             "data.prefetch_steps": 0,
             **{f"model.{name}": size for name, size in self.sizes.items()},
-            "train.global_batch_size": 8,
+            "train.global_batch_size": self.batch_size,
             "train.max_steps": 6,
             "train.seed": 7,
             "log.tensorboard": "false",
@@ -67,6 +69,7 @@ DEEP_SIZES = SIZES | {
     "num_query_groups": 2,
     "head_dim": 8,
     "vocab_size": 380,
+    "max_positions": 320,
 }
 
 
@@ -85,7 +88,7 @@ def build_world(root: Path, sizes: dict[str, int], rows_file: str = "finetune.js
     )
     build_tiny_clip(root / "clip", hidden_size=sizes["vision.hidden_size"])
     compose_base(root / "llm", root / "clip", root / "base", chat_template=chat_template("v1"))
-    make_shards(root / "data" / rows_file, root / "data/images", root / "shards", Settings(), workers=1)
+    shard_here(root / "data" / rows_file, root / "data/images", root / "shards", Settings())
     return World(root, sizes)
 
 
@@ -105,9 +108,10 @@ def deep_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for one, other in zip(rows[0::5], rows[1::5], strict=False):
         if "image" in one and "image" in other:
             one["image"] = [one["image"], other["image"]]
-            one["conversations"][0]["value"] = "<image>\n" + one["conversations"][0]["value"]
+            first, answer, *_ = one["conversations"]
+            one["conversations"] = [first | {"value": "<image>\n" + first["value"]}, answer]
     (root / "data/mixed.json").write_text(json.dumps(rows))
-    return build_world(root, DEEP_SIZES, "mixed.json")
+    return replace(build_world(root, DEEP_SIZES, "mixed.json"), batch_size=7)  # no two ranks have the same work
 
 
 @pytest.fixture(scope="session")

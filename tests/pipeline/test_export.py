@@ -11,7 +11,7 @@ from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.run_info import find_checkpoint
-from pipeline.train import build
+from pipeline.state import build
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,10 @@
 """The metrics file survives an interruption: nothing twice, nothing torn."""
 
 import json
+import sys
+from types import SimpleNamespace
+
+import pytest
 
 from pipeline.config import LogConfig
 from pipeline.data import BatchCounts
@@ -9,7 +13,7 @@ from pipeline.metrics import MetricsLog, StepMetrics, read_metrics
 
 def metrics(step: int, loss: float) -> StepMetrics:
     counts = BatchCounts(**dict.fromkeys(BatchCounts.__dataclass_fields__, 1))
-    return StepMetrics(step, 0, loss, 1.0, 1e-3, 0.5, 0.1, counts)
+    return StepMetrics(step, 0, loss, 1.0, 1e-3, 0.5, 0.1, counts, 3 * 10**12, 2, 1 << 30)
 
 
 def test_a_resumed_run_replaces_what_lay_beyond_its_checkpoint(tmp_path):
@@ -34,3 +38,35 @@ def test_other_ranks_are_silent(tmp_path, capsys):
         log.step(metrics(1, 1.0))
         log.say("hello")
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_rates_are_per_process_and_second():
+    values = metrics(1, 1.0).values(peak_tflops=30.0)
+    assert (values["tflops_per_second"], values["mfu"], values["padding_fraction"]) == (3.0, 0.1, 0.5)
+    assert (values["samples_per_second"], values["peak_memory_bytes"]) == (2.0, 1 << 30)
+    assert "mfu" not in metrics(1, 1.0).values()
+
+
+def test_weights_and_biases_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="log.wandb_project=x needs the package wandb"):
+        MetricsLog(tmp_path, LogConfig(wandb_project="x"), first_step=0, num_steps=1, is_first_rank=True)
+
+
+def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
+    told = []
+
+    class Run:
+        def log(self, values, step):
+            told.append((step, values["loss"]))
+
+        def finish(self):
+            told.append("end")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: told.append(settings) or Run()))
+    settings = LogConfig(wandb_project="x", tensorboard=False)
+    (tmp_path / "run7").mkdir()
+    with MetricsLog(tmp_path / "run7", settings, 0, 1, is_first_rank=True) as log:
+        log.step(metrics(1, 0.25))
+    assert told[0]["project"] == "x" and told[0]["id"] == "run7"
+    assert told[1:] == [(1, 0.25), "end"]

@@ -7,12 +7,17 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
-from pipeline.checkpoint import load_trained_parameters
+from model.parallel import ParallelConfig
+from pipeline.checkpoint import load_trained_parameters, restore_checkpoint
 from pipeline.config import RunConfig
-from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.data import Reader, build_source, load_table, open_shards
+from pipeline.distributed import check_world_size, initialize_distributed, shutdown_distributed
 from pipeline.metrics import read_metrics
-from pipeline.run_info import latest_checkpoint
+from pipeline.run_info import find_checkpoint, latest_checkpoint
+from pipeline.state import build
+from pipeline.step import model_inputs
 from pipeline.train import train
 from tests.processes import run_together
 
@@ -93,6 +98,60 @@ def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(deep_stage2, tmp_path
     run_together(num_processes, train, second)
     one, other = (read_metrics(config.run_dir) for config in (first, second))
     assert [(step["loss"], step["grad_norm"]) for step in one] == [(step["loss"], step["grad_norm"]) for step in other]
+
+
+def test_the_ranks_of_these_runs_have_different_numbers_of_micro_batches(deep_stage2):
+    sets = open_shards(deep_stage2)
+    table = load_table(deep_stage2, sets, Console(quiet=True))
+    schedule = build_source(deep_stage2, sets, table, Reader(0, 2)).schedule
+    counts = [[len(packs) for packs in schedule.plan(step).packs] for step in range(6)]
+    assert any(one != other for one, other in counts)
+    images = table.column("num_images")
+    assert {0, 1, 2} == set(images[schedule.samples(0, 42)])
+
+
+@pytest.mark.parametrize("split", ["DP2", "PP2 DP2"])
+def test_a_rank_without_samples_keeps_in_step(deep_world, deep_stage1, split, tmp_path):
+    changes = {"init__projector": deep_stage1.run_dir, "train__global_batch_size": 1, "train__max_steps": 3}
+    whole = deep_world.config("demo-stage2", tmp_path / "whole", **changes)
+    train(whole)
+    num_processes, parallel = SPLITS[split]
+    config = divided(whole, tmp_path / "split", **parallel)
+    run_together(num_processes, train, config)
+    assert_same_run(config, whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__row_multiple": 16},
+        {"compute__recompute": "selective"},
+        {"compute__recompute": "full"},
+        {"train__image_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_padding_and_recomputing_change_nothing(deep_world, deep_stage1, deep_stage2, changes, tmp_path):
+    config = deep_world.config("demo-stage2", tmp_path, init__projector=deep_stage1.run_dir, **changes)
+    train(config)
+    assert_same_run(config, deep_stage2)
+
+
+def test_stage_2_begins_with_the_loss_of_stage_1s_model(deep_world, deep_stage1, deep_stage2):
+    """The shared projector in every layer is n copies of it."""
+    first = build(deep_stage1, initialize_distributed())
+    restore_checkpoint(find_checkpoint(deep_stage1.run_dir), first.run, first.stages, first.optimizer, first.groups)
+    second = build(deep_stage2, torch.device("cpu"))
+    for pack, features in model_inputs(second, second.source[0]):
+        with torch.no_grad():
+            shared, copied = (state.stages[0](pack, features) for state in (first, second))
+        assert torch.equal(shared, copied) and len(copied)
+    shutdown_distributed()
+
+
+def test_processes_that_do_not_fill_replicas_are_refused():
+    with pytest.raises(ValueError, match="parallel.tp=2 times parallel.pp=2 must divide the number of processes, 6;"):
+        check_world_size(ParallelConfig(tp=2, pp=2), 6)
 
 
 def keep_until_step(config: RunConfig, step: int, run_dir) -> None:

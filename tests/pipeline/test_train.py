@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from model.weights import SHARED, read_safetensors
+from pipeline import step as step_module
 from pipeline import train as training
 from pipeline.checkpoint import load_trained_parameters
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.metrics import read_metrics
 from pipeline.run_info import find_checkpoint, latest_checkpoint
-from pipeline.train import build, train
+from pipeline.state import build
+from pipeline.train import train
 from tests.world import CONFIGS
 
 
@@ -131,19 +133,19 @@ def test_previous_needs_a_previous_checkpoint(stage1):
 
 def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(stage2, tmp_path, monkeypatch):
     config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
-    real_forward = training.forward_step
+    real_forward = step_module.forward_step
 
     def is_told_to_stop(*args):
         if len(read_metrics(config.run_dir)) == 2:  # in step 3, which is not one to save after
             os.kill(os.getpid(), signal.SIGTERM)
         return real_forward(*args)
 
-    monkeypatch.setattr(training, "forward_step", is_told_to_stop)
+    monkeypatch.setattr(step_module, "forward_step", is_told_to_stop)
     with pytest.raises(SystemExit) as stopped:
         train(config)
     assert stopped.value.code == 143
     assert find_checkpoint(config.run_dir).name == "step-00000003"
-    monkeypatch.setattr(training, "forward_step", real_forward)
+    monkeypatch.setattr(step_module, "forward_step", real_forward)
     train(config)
     assert losses(config.run_dir) == losses(stage2.run_dir)
 
@@ -181,11 +183,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(stage2, tmp_
         return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach()
 
     config = stage2.model_copy(update={"run_dir": tmp_path})
-    monkeypatch.setattr(training, "sum_losses", poisoned)
+    monkeypatch.setattr(step_module, "sum_losses", poisoned)
     state = build(config, initialize_distributed())
     before = {name: parameter.clone() for name, parameter in state.stages[0].named_parameters()}
     with pytest.raises(ValueError, match="step 0: the loss is nan; stopped before the optimizer step"):
-        training.train_step(state, state.source[0], 0.0)
+        step_module.train_step(state, state.source[0], 0.0)
     assert all(torch.equal(before[name], parameter) for name, parameter in state.stages[0].named_parameters())
     shutdown_distributed()
 

@@ -1,0 +1,103 @@
+"""What a training step needs, and how it is built: data, this process's stages of the model, optimizer, encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from rich.console import Console
+
+from model.backend import check_fp8
+from model.compute import build_transformer_config
+from model.config import differences
+from model.flops import stage_costs
+from model.hf.vision_saisa import VisionTower
+from model.parallel import split_layers, stages_of_rank
+from model.saisa import SaisaModel
+from model.vision import flops_per_image, load_vision_tower
+from pipeline.config import RunConfig
+from pipeline.data import BatchSource, Reader, build_source, load_table, open_shards
+from pipeline.distributed import computed_once
+from pipeline.lengths import LengthTable
+from pipeline.optimizer import build_optimizer, freeze, wrap
+from pipeline.run_info import RunInfo, describe_run
+from pipeline.start import base_model_config, initial_parameters
+from pipeline.stop import StopRequest
+
+
+@dataclass
+class TrainState:
+    """Everything a step needs; `step` counts finished optimizer steps."""
+
+    config: RunConfig
+    device: torch.device
+    groups: ProcessGroupCollection
+    stages: list[SaisaModel]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    tower: VisionTower
+    flops_per_image: int
+    source: BatchSource
+    run: RunInfo
+    step: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
+    is_stopping: bool = False
+
+
+def build(config: RunConfig, device: torch.device) -> TrainState:
+    """Returns the state at step 0: base weights and projectors loaded, the stage's parameters trainable."""
+    found = base_model_config(config.init.base)
+    if differing := differences(config.model, found):
+        raise ValueError(
+            f"{config.init.base}: not the model of this run: {'; '.join(differing)}; fix `model:` or init.base"
+        )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    sets = open_shards(config)
+    table = computed_once(lambda: load_table(config, sets, Console(stderr=True)))
+    reader = Reader(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
+    source = build_source(config, sets, table, reader)
+    stages = build_stages(config, groups, layers_per_stage(config, table))
+    for stage in stages:
+        initial_parameters(config, stage, groups.tp)
+        freeze(stage, config.stage)
+        stage.to(device)
+    wrapped = wrap(stages, groups)
+    return TrainState(
+        config=config,
+        device=device,
+        groups=groups,
+        stages=stages,
+        wrapped=wrapped,
+        optimizer=build_optimizer(wrapped, config, groups),
+        tower=load_vision_tower(config.init.base, config.compute.dtype, device),
+        flops_per_image=flops_per_image(config.init.base, config.model.vision),
+        source=source,
+        run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
+    )
+
+
+def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
+    """Returns the layers of each pipeline stage: as configured, or evened out for the mean sample of the run.
+
+    The embedding is a lookup and costs nothing here; the encoder is shared out on its own.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.layers_per_stage is not None:
+        return parallel.layers_per_stage
+    text, images, targets = (round(table.column(n).mean()) for n in ("num_text", "num_images", "num_targets"))
+    layer, head = stage_costs(model, config.stage, text, images * model.vision.num_tokens, targets)
+    return split_layers(layer, 0, head, model.num_layers, parallel.num_stages)
+
+
+def build_stages(config: RunConfig, groups: ProcessGroupCollection, num_layers: Sequence[int]) -> list[SaisaModel]:
+    """Returns this process's stages of the pipeline, without weights."""
+    if config.compute.precision == "fp8":
+        check_fp8(config.compute.fp8_recipe)
+    parallel = config.parallel
+    transformer = build_transformer_config(config.model, config.compute, parallel, config.shared_projector)
+    return [
+        SaisaModel(config.model, transformer, groups, stage, config.shared_projector, config.compute.attention)
+        for stage in stages_of_rank(num_layers, groups.pp.rank(), parallel.pp)
+    ]

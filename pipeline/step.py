@@ -1,0 +1,122 @@
+"""One optimizer step: encode the images of the batch together, run the pipeline's schedule, sum the loss, update."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from model.pack import Pack
+from model.vision import encode_together, rows_of_pack
+from pipeline.data import GlobalBatch
+from pipeline.metrics import StepMetrics, peak_memory
+from pipeline.optimizer import learning_rate
+from pipeline.state import TrainState
+
+
+def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> StepMetrics:
+    """Runs one optimizer step over a global batch and returns what it measured.
+
+    Once any process has been told to stop, `state.is_stopping` is set on all.
+
+    Raises:
+        ValueError: the loss is not finite; the optimizer has not stepped, and the last checkpoint is sound.
+    """
+    started = time.monotonic()
+    config = state.config
+    if not batch.counts.num_targets:
+        raise ValueError(
+            f"step {batch.step}: none of its {batch.counts.num_samples} samples has a target and "
+            f"{batch.counts.num_skipped} were skipped; does data.template={config.data.template} fit these shards?"
+        )
+    rate = learning_rate(batch.step, state.source.num_steps, config.optim)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    for chunk in state.wrapped:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    inputs = model_inputs(state, batch)
+    sums = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(inputs) for _ in state.wrapped],
+        model=[*state.wrapped],
+        num_microbatches=len(inputs),
+        seq_length=config.data.max_text_tokens_per_pack,
+        micro_batch_size=1,
+    )
+    total, state.is_stopping = sum_over_replicas(sums, state)
+    loss = total / batch.counts.num_targets
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"step {batch.step}: the loss is {loss}; stopped before the optimizer step. "
+            f"Lower optim.learning_rate={config.optim.learning_rate:g} or look at the samples of this step"
+        )
+    _, grad_norm, _ = cast(tuple[bool, float | None, int | None], state.optimizer.step())
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        raise ValueError(
+            f"step {batch.step}: the gradient norm is {grad_norm}; the last checkpoint is sound, restart from it"
+        )
+    state.step = batch.step + 1
+    seconds = time.monotonic() - started + wait_seconds
+    return StepMetrics(
+        step=state.step,
+        epoch=batch.epoch,
+        loss=loss,
+        grad_norm=float(grad_norm or 0.0),
+        learning_rate=rate,
+        step_seconds=seconds,
+        data_wait_fraction=wait_seconds / seconds,
+        counts=batch.counts,
+        flops=batch.counts.training_flops + batch.counts.num_images * state.flops_per_image,
+        num_processes=torch.distributed.get_world_size(),
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tensor]]:
+    """Returns every micro-batch's pack and visual features [I, C], on this process's device."""
+
+    def encode(pixels_B3HW: Tensor) -> Tensor:
+        pixels = state.source.image_processor.normalize(pixels_B3HW.to(state.device, non_blocking=True))
+        return state.tower(pixels.to(state.config.compute.dtype))
+
+    packs = [micro_batch.pack for micro_batch in batch.micro_batches]
+    share_B3HW = torch.cat([micro_batch.pixels_B3HW for micro_batch in batch.micro_batches])
+    counts = [pack.num_images for pack in packs]
+    vision = state.config.model.vision
+    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=state.config.compute.dtype)
+    if sum(counts):
+        window = state.config.train.image_batch_size
+        features_BPC = encode_together(encode, share_B3HW, sum(counts), window, state.groups.mp)
+    return [
+        (pack.to(state.device), rows_of_pack(part.to(state.device), pack.num_visual_padding))
+        for pack, part in zip(packs, features_BPC.split(counts), strict=True)
+    ]
+
+
+def forward_step(inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module):
+    """Returns what a chunk of the model makes of its next micro-batch, and how the schedule is to sum losses."""
+    pack, features_IC = next(inputs)
+    return chunk(pack, features_IC), sum_losses
+
+
+def sum_over_replicas(sums: list[Tensor], state: TrainState) -> tuple[float, bool]:
+    """Returns, on every process, the sum of the losses of all replicas and whether any is to stop.
+
+    Only last stages bring losses, the same ones on all their tensor-parallel ranks.
+    """
+    values = torch.tensor([0.0, state.stop.has_come], dtype=torch.float64, device=state.device)
+    if sums and state.groups.tp.rank() == 0:
+        values[0] = torch.stack(sums).sum()
+    torch.distributed.all_reduce(values)
+    total, num_stopping = values.tolist()
+    return total, num_stopping > 0
+
+
+def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the summed loss, the number of targets, and the sum to report: the schedule divides over all ranks."""
+    total = losses.sum()
+    return total, torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), total.detach().clone()
