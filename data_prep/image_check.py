@@ -1,4 +1,4 @@
-"""What an image is, and whether it can be used: one decode decides, because training decodes it the same way.
+"""What an image is, and whether it can be used: one decode decides, as it will in training.
 
 `check_image` goes by the bytes and not by the name. With `resize_longest` an image that is larger is also written anew.
 """
@@ -51,6 +51,8 @@ def check_image(data: bytes, path: str, decode: bool = True) -> ImageInfo:
     """
     with _opened(data, path) as image:
         if decode:
+            # A JPEG's every coefficient is read, which is where damage shows; its colors need not be made as well.
+            image.draft("L", image.size)
             _load(image)
         return _info(image)
 

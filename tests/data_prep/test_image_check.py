@@ -2,7 +2,9 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image, ImageChops, ImageStat, features
@@ -113,3 +115,32 @@ def test_a_small_or_deep_image_is_kept_byte_for_byte() -> None:
     assert shrink_image(deep, "a", 40)[0] == deep
     with pytest.raises(Refused):
         shrink_image(small[:200], "a", 40)
+
+
+def test_a_jpeg_is_refused_when_and_only_when_it_does_not_decode_in_color():
+    random = Random(0)
+    stream = io.BytesIO()
+    Image.effect_noise((80, 60), 60).convert("RGB").save(stream, "JPEG", quality=80)
+    whole, outcomes = stream.getvalue(), set()
+    for _ in range(400):
+        data = bytearray(whole)
+        if random.random() < 0.4:
+            del data[random.randrange(len(data)) :]
+        else:
+            for _ in range(random.choice([1, 5, 40])):
+                data[random.randrange(len(data))] = random.randrange(256)
+        outcomes.add((accepts(partial(check_image, path="x"), bytes(data)), accepts(decode_in_color, bytes(data))))
+    assert outcomes == {(True, True), (False, False)}
+
+
+def accepts(decode, data: bytes) -> bool:
+    try:
+        decode(data)
+    except Exception:
+        return False
+    return True
+
+
+def decode_in_color(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.convert("RGB")
