@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-energon clean
+.PHONY: help setup demo test test-gpu bench-gpu soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -29,11 +29,19 @@ demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2,
 	$(PYTHON) -m orchestration.demo $(ARGS)
 
 test: setup ## every CPU test
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The GPU tests are left out of all others: pyproject.toml ignores their folder.
+test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU against their references
+	SAISA_TEST_GPU=1 $(PYTHON) -m pytest -o addopts="-q --import-mode=importlib" tests/gpu $(ARGS)
+
+bench-gpu: setup ## [ARGS="--json numbers.json"]: a layer against LLaVA's, attention kernels, FP8 and MFU at 7B widths, on one GPU
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 soak: setup ## longer proofs: kill loops (minutes)
 	$(PYTHON) -m tests.soak.kill_shards $(ARGS)
 	$(PYTHON) -m tests.soak.share_cache $(ARGS)
+	$(PYTHON) -m tests.soak.kill_training $(ARGS)
 
 lint: setup ## ruff and pyright
 	$(PYTHON) -m ruff check .

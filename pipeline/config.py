@@ -81,6 +81,7 @@ class OptimConfig(Section):
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     clip_grad_norm: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    moments: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: 4 bytes a parameter less; on GPUs")
 
 
 class TrainConfig(Section):

@@ -18,6 +18,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import Adam
 
+from model.backend import uses_transformer_engine
+from model.compute import DTYPES
 from model.saisa import SaisaModel
 from model.weights import SHARED
 from pipeline.config import OptimConfig, RunConfig
@@ -58,8 +60,17 @@ def wrap(stages: list[SaisaModel], groups: ProcessGroupCollection) -> list[Distr
 def build_optimizer(
     wrapped: list[DistributedDataParallel], config: RunConfig, groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """Returns AdamW with its states divided over the data-parallel group; the rate is set every step."""
+    """Returns AdamW with its states divided over the data-parallel group; the rate is set every step.
+
+    Raises:
+        ValueError: Moments in bf16 are asked for where there is no optimizer that keeps them so.
+    """
     optim, bf16 = config.optim, config.compute.dtype == torch.bfloat16
+    if optim.moments == "bf16" and not (bf16 and uses_transformer_engine(config.compute.dtype)):
+        raise ValueError(
+            "optim.moments=bf16 needs a GPU, Transformer Engine (the extra `gpu`) and compute.precision=bf16 or fp8; "
+            "use optim.moments=fp32"
+        )
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=optim.learning_rate,
@@ -71,6 +82,9 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=config.compute.dtype,
         use_distributed_optimizer=True,
+        use_precision_aware_optimizer=optim.moments == "bf16",
+        exp_avg_dtype=DTYPES[optim.moments],
+        exp_avg_sq_dtype=DTYPES[optim.moments],
     )
     optimizer = get_megatron_optimizer(optimizer_config, [*wrapped])
     for adam in _torch_adams(optimizer):

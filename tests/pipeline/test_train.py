@@ -192,6 +192,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(stage2, tmp_
     shutdown_distributed()
 
 
+def test_moments_in_bf16_are_refused_without_a_gpu(world, tmp_path):
+    config = world.config("demo-stage1", tmp_path, optim__moments="bf16")
+    with pytest.raises(ValueError, match="optim.moments=bf16 needs a GPU, Transformer Engine"):
+        train(config)
+    shutdown_distributed()
+
+
+def test_fp8_is_refused_without_a_gpu(world, tmp_path):
+    config = world.config("demo-stage1", tmp_path, compute__precision="fp8")
+    with pytest.raises(ValueError, match="compute.precision=fp8 .* needs a GPU and there is none"):
+        train(config)
+    shutdown_distributed()
+
+
 def test_a_base_that_is_not_the_model_of_the_run_is_refused(world, tmp_path):
     config = world.config("demo-stage1", tmp_path, model__ffn_hidden_size=40)
     with pytest.raises(ValueError, match="model.ffn_hidden_size=40 but the folder has 48"):
