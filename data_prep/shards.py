@@ -11,6 +11,7 @@ the same command; what is there already is verified, not trusted.
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -59,7 +60,11 @@ def main(
     if dry_run:
         show_plan(data, images, settings, max_bad_fraction)
     else:
-        make_shards(data, images, out, settings, workers, address, max_bad_fraction)
+        try:
+            make_shards(data, images, out, settings, workers, address, max_bad_fraction)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            raise
 
 
 def parse_bytes(text: str) -> int:

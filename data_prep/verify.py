@@ -117,6 +117,8 @@ def read_json(folder: Place, name: str, way_out: str = "") -> Any:
     try:
         return json.loads(read_whole(folder / name))
     except (FileNotFoundError, NotADirectoryError):
+        if not any((folder / begun).exists() for begun in ("plan.json", "manifest.json")):
+            raise ValueError(f"{folder}: no shards here; name what `make shards` wrote with --out") from None
         raise ValueError(f"{folder} is not finished, it has no {name}; {way_out or AGAIN}") from None
     except ValueError as error:
         raise ValueError(f"{folder / name} is damaged ({error}); {way_out or f'delete it and {AGAIN}'}") from None

@@ -1,7 +1,7 @@
 """The one place that decides which classes the layers are made of.
 
-Transformer Engine's on a GPU, megatron-core's own elsewhere. FP8 exists with Transformer Engine only, so asking for it
-without is an error, never a silent bf16.
+Linear layers are Transformer Engine's on a GPU, megatron-core's own elsewhere. FP8 exists with Transformer Engine only,
+so asking for it without is an error, never a silent bf16.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,17 @@ FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
 BLOCKWISE_SINCE, MXFP8_SINCE = (9, 0), (10, 0)
 
 
-def uses_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: where it is installed and there is a GPU."""
-    return HAVE_TE and torch.cuda.is_available()
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether linear layers are Transformer Engine's: where it is installed and there is a GPU, but not in fp32.
+
+    Its matrix products round fp32 to TF32, whatever torch is told.
+    """
+    return HAVE_TE and torch.cuda.is_available() and dtype != torch.float32
 
 
-def layer_provider() -> BackendSpecProvider:
-    """Returns megatron-core's provider of linear and norm classes for this machine."""
-    return get_backend("transformer_engine" if uses_transformer_engine() else "local")
+def layer_provider(dtype: torch.dtype) -> BackendSpecProvider:
+    """Returns megatron-core's provider of linear layers for this machine and parameters of a type."""
+    return get_backend("transformer_engine" if uses_transformer_engine(dtype) else "local")
 
 
 def check_fp8(recipe: str) -> None:
@@ -64,13 +67,24 @@ def leave(weight: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Layers:
-    """Builds the layers of one model: which classes, which configuration, which tensor-parallel group."""
+    """Builds the layers of one model: which classes, which configuration, which tensor-parallel group.
+
+    Raises:
+        ValueError: The configuration asks for what the classes of this machine cannot do.
+    """
 
     config: TransformerConfig
     tp_group: ProcessGroup
+    provider: BackendSpecProvider = field(init=False)
     whole_rows: TransformerConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.config.gradient_accumulation_fusion and not uses_transformer_engine(self.config.params_dtype):
+            raise ValueError(
+                "compute.gradient_accumulation_fusion=true needs Transformer Engine: a GPU, the extra `gpu`, and "
+                "compute.precision=bf16 or fp8; set it to false"
+            )
+        object.__setattr__(self, "provider", layer_provider(self.config.params_dtype))
         # Layers whose input every rank has whole, with sequence parallelism too
         object.__setattr__(self, "whole_rows", replace(self.config, sequence_parallel=False))
 
@@ -79,7 +93,7 @@ class Layers:
 
         With sequence parallelism its input is this rank's rows, or with `whole_rows` all of them.
         """
-        return layer_provider().column_parallel_linear()(
+        return self.provider.column_parallel_linear()(
             input_size,
             output_size,
             config=self.whole_rows if whole_rows else self.config,
@@ -93,7 +107,7 @@ class Layers:
 
     def row_parallel(self, input_size: int, output_size: int, bias: bool = False) -> Module:
         """Returns a linear layer whose input features are divided over the tensor-parallel group."""
-        return layer_provider().row_parallel_linear()(
+        return self.provider.row_parallel_linear()(
             input_size,
             output_size,
             config=self.config,
@@ -107,18 +121,17 @@ class Layers:
 
     def mlp(self, input_size: int) -> MLP:
         """Returns the language model's FFN: column-parallel, gated activation, row-parallel."""
-        provider = layer_provider()
-        submodules = MLPSubmodules(provider.column_parallel_linear(), provider.row_parallel_linear())
+        submodules = MLPSubmodules(self.provider.column_parallel_linear(), self.provider.row_parallel_linear())
         size = self.config.ffn_hidden_size
         return MLP(self.config, submodules, input_size=input_size, ffn_hidden_size=size, tp_group=self.tp_group)
 
     def rms_norm(self) -> Module:
-        """Returns an RMSNorm over the hidden features."""
-        size, epsilon, dtype = self.config.hidden_size, self.config.layernorm_epsilon, self.config.params_dtype
-        if not uses_transformer_engine():  # megatron-core's own refuses sequence parallelism
-            norm: Module = torch.nn.RMSNorm(size, epsilon, dtype=dtype)
-        else:
-            norm = cast(Any, layer_provider().layer_norm(rms_norm=True))(self.config, size, eps=epsilon).to(dtype)
+        """Returns an RMSNorm over the hidden features.
+
+        It is torch's everywhere: one kernel on a GPU, and fine with the no visual rows of a pack without images, which
+        Transformer Engine's is not known to be; megatron-core's own refuses sequence parallelism.
+        """
+        norm = torch.nn.RMSNorm(self.config.hidden_size, self.config.layernorm_epsilon, dtype=self.config.params_dtype)
         # Each rank sees a part of the rows, so its gradient is a part of the sum: megatron-core adds those up.
         cast(Any, norm.weight).sequence_parallel = self.config.sequence_parallel
         return norm
@@ -145,7 +158,8 @@ class Layers:
         return ColumnParallelLinear(
             self.config.hidden_size,
             vocab_size,
-            config=self.whole_rows,
+            # megatron-core's own class, which leaves the fusion of gradients to apex
+            config=replace(self.whole_rows, gradient_accumulation_fusion=False),
             init_method=leave,
             bias=False,
             skip_weight_param_allocation=tied,

@@ -3,17 +3,24 @@
 `build_transformer_config` turns that and the model's sizes into megatron-core's configuration, and nothing else does.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.functional import silu
 
 from model.backend import FP8_ROWS
 from model.config import ModelConfig, Section
 from model.parallel import ParallelConfig
 
+# Gradients want range where a whole tensor has one scale; blocks have range enough. Transformer Engine's own defaults.
+FP8_FORMATS: dict[str, Literal["hybrid", "e4m3"]] = {
+    "delayed": "hybrid",
+    "tensorwise": "hybrid",
+    "blockwise": "e4m3",
+    "mxfp8": "e4m3",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
@@ -32,6 +39,15 @@ class ComputeConfig(Section):
         default="none", description="selective: projectors and attention; full: layers keep their input only"
     )
     gradient_accumulation_fusion: bool = Field(default=False, description="weight gradients go into their buffer")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.bf16_edge_layers and self.precision == "fp8" and self.fp8_recipe == "delayed":
+            raise ValueError(
+                f"compute.bf16_edge_layers={self.bf16_edge_layers} needs layers that are scaled one by one, and "
+                "compute.fp8_recipe=delayed updates the scales of all at once; use another recipe, or no edge layers"
+            )
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,8 +84,11 @@ def build_transformer_config(
         params_dtype=compute.dtype,
         pipeline_dtype=compute.dtype,
         bf16=compute.dtype == torch.bfloat16,
-        fp8="hybrid" if fp8 else None,
+        fp8=FP8_FORMATS[compute.fp8_recipe] if fp8 else None,
         fp8_recipe=compute.fp8_recipe,
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+        tp_only_amax_red=True,  # data-parallel ranks have different numbers of micro-batches, so they cannot meet there
         first_last_layers_bf16=fp8 and compute.bf16_edge_layers > 0,
         num_layers_at_start_in_bf16=compute.bf16_edge_layers,
         num_layers_at_end_in_bf16=compute.bf16_edge_layers,

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.nn.functional import gelu
@@ -174,7 +175,8 @@ class SaisaModel(MegatronModule):
         """
         text_TD = self.hidden_states(pack, features_IC)
         if not self.stage.is_last:
-            return text_TD[:, None]  # megatron-core's pipeline passes [rows, batch, D] on
+            # Megatron-core's pipeline passes [rows, batch, D] on, then frees its memory, which it refuses for a view.
+            return make_viewless_tensor(text_TD[:, None], requires_grad=True, keep_graph=True)
         if self.config.sequence_parallel:  # every rank computes the same loss, so it takes back its rows' gradient only
             text_TD = gather_from_sequence_parallel_region(
                 text_TD, tensor_parallel_output_grad=False, group=self.tp_group

@@ -224,7 +224,9 @@ def main(
     config = build_tiny_base(read_texts(data), out, tokenizer=tokenizer, seed=seed)
     same = f"model.vocab_size={config.vocab_size} init.base={out}"
     print(
-        f"{out} is ready; train on it with (your shards and run folders in capitals)\n"
+        f"{out} is ready; train on it with the lines below. SHARDS1 are captions (for conversations, add\n"
+        "data.template=v1), SHARDS2 conversations; few rows want a smaller train.global_batch_size and more\n"
+        "train.num_epochs.\n"
         f'make train CONFIG=configs/demo-stage1.yaml ARGS="{same} data.shards=SHARDS1 run_dir=RUN1"\n'
         f'make train CONFIG=configs/demo-stage2.yaml ARGS="{same} data.shards=SHARDS2 run_dir=RUN2 init.projector=RUN1"'
     )

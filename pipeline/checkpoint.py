@@ -145,6 +145,8 @@ def restore_checkpoint(
 def set_aside_newer(checkpoint: Path) -> list[Path]:
     """Renames the checkpoints after this one, which a run that goes on from it writes again; returns their names."""
     newer = [other for other in checkpoint.parent.glob("step-????????") if other.name > checkpoint.name]
+    for folder in (other.with_name(other.name + ASIDE) for other in newer):
+        shutil.rmtree(folder, ignore_errors=True)  # set aside before, and damaged again
     return [other.rename(other.with_name(other.name + ASIDE)) for other in sorted(newer)]
 
 

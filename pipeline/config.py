@@ -99,7 +99,10 @@ class CheckpointConfig(Section):
 
     save_every_steps: int = Field(default=500, gt=0)
     keep_last: int = Field(default=2, gt=0)
-    in_background: bool = Field(default=False, description="training goes on while a forked process writes")
+    in_background: bool = Field(
+        default=False,
+        description="training goes on while a forked process writes; a kill then loses up to twice save_every_steps",
+    )
     resume: Literal["auto", "previous"] = Field(
         default="auto", description="auto: from the last checkpoint, if any; previous: from the one before it"
     )

@@ -29,8 +29,9 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     config = state.config
     if not batch.counts.num_targets:
         raise ValueError(
-            f"step {batch.step}: none of its {batch.counts.num_samples} samples has a target and "
-            f"{batch.counts.num_skipped} were skipped; does data.template={config.data.template} fit these shards?"
+            f"step {batch.step}: no sample has anything to learn ({batch.counts.num_skipped} were skipped, "
+            f"{batch.counts.num_samples} have no target); does data.template={config.data.template} fit these shards? "
+            "plain is for captions (one question, one answer), v1 for conversations"
         )
     rate = learning_rate(batch.step, state.source.num_steps, config.optim)
     for group in state.optimizer.param_groups:

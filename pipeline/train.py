@@ -26,6 +26,8 @@ from pipeline.state import TrainState, build
 from pipeline.step import train_step
 from pipeline.stop import STATUS
 
+FEW_STEPS = 5  # what is hardly a training run
+
 
 def train(config: RunConfig) -> None:
     """Runs a stage from its last checkpoint (or from its start) to its end.
@@ -104,6 +106,11 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
         f"{state.config.train.global_batch_size} on {state.groups.dp.size()} data-parallel ranks, "
         f"from step {state.step}; run folder {state.config.run_dir}"
     )
+    if 0 < state.source.num_steps < FEW_STEPS:
+        log.say(
+            f"only {state.source.num_steps} steps, of which the first has learning rate 0; with so few samples, lower "
+            "train.global_batch_size or raise train.num_epochs"
+        )
     if state.step == state.source.num_steps:
         log.say("this run is finished; set another run_dir to train again")
 

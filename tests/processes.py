@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 TIMEOUT_SECONDS = 240
@@ -20,9 +21,7 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
     Raises:
         RuntimeError: A process failed; with its traceback.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train", "tests.world"])
-    port, running = _free_port(), []
+    context, port, running = fork_server(), free_port(), []
     for rank in range(num_processes):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_enter, args=(theirs, rank, num_processes, port, function, args), daemon=True)
@@ -36,6 +35,13 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
     if failures := [f"process {rank} of {num_processes}: {why}" for rank, (why, _) in enumerate(answers) if why]:
         raise RuntimeError("\n".join(failures))
     return [value for _, value in answers]
+
+
+def fork_server() -> ForkServerContext:
+    """Returns what starts processes that have imported the trainer already."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.train", "tests.world"])
+    return context
 
 
 def _answer(pipe: Connection) -> tuple[str | None, Any]:
@@ -58,7 +64,8 @@ def _enter(
         answer.send((traceback.format_exc(), None))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -87,16 +87,20 @@ def worker_peak_bytes() -> int:
     return max(peak_bytes(process.pid) for process in processes if process.name().startswith("ray::"))
 
 
-def report(title: str, figures: list[Figure], json_file: Path | None = None) -> None:
-    """Prints the figures, and writes them with what they were measured on."""
+def report(
+    title: str, figures: list[Figure], json_file: Path | None = None, machine: dict[str, str] | None = None
+) -> None:
+    """Prints the figures, and writes them with what they were measured on; `machine` says more about that."""
     table = Table("what", "measured", "target", title=title)
     for figure in figures:
         verdict = "" if figure.met is None else ": met" if figure.met else ": MISSED"
         value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
         table.add_row(figure.what, f"{value} {figure.unit}", figure.target + verdict)
     Console().print(table)
+    if machine:
+        Console().print("measured on", ", ".join(f"{name} {version}" for name, version in machine.items()))
     if json_file:
-        versions = {name: metadata.version(name) for name in ("ray", "pillow", "numpy")}
-        machine = {"cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
-        numbers = {"title": title, "machine": machine, "figures": [vars(figure) for figure in figures]}
+        versions = {name: metadata.version(name) for name in ("ray", "pillow", "numpy")} | (machine or {})
+        measured_on = {"cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+        numbers = {"title": title, "machine": measured_on, "figures": [vars(figure) for figure in figures]}
         json_file.write_text(json.dumps(numbers, indent=1) + "\n")

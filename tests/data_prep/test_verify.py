@@ -483,7 +483,7 @@ def test_exit_status(shards: Shards, tmp_path: Path) -> None:
     status, said = run_cli(shards.out, "--workers", 0)
     assert status == 2 and "--workers 0 must be at least 1" in said
     status, said = run_cli(tmp_path / "none")
-    assert status == 1 and "none is not finished, it has no manifest.json" in said
+    assert status == 1 and "none: no shards here; name what `make shards` wrote" in said
     flip(shards.tar, shards.image_at)
     status, said = run_cli(shards.out)
     assert status == 1 and said.splitlines()[-1].startswith(f"error: {shards.out}: 1 problem, 1 of")

@@ -26,15 +26,6 @@ PACKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def gpu() -> torch.device:
-    """The GPU; a test that was asked for and cannot run has failed."""
-    if not torch.cuda.is_available():
-        pytest.fail("needs a CUDA GPU that torch can see; look at CUDA_VISIBLE_DEVICES")
-    torch.compiler.reset()  # each test has other head counts, more than are compiled for one function
-    return torch.device("cuda")
-
-
 def need(kernel: str) -> None:
     if kernel not in installed_kernels():
         pytest.skip(f"needs {kernel}: the package is not installed")
