@@ -28,8 +28,8 @@ setup: .venv/.ready ## build .venv from requirements.lock (every other target do
 demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2, export, questions
 	$(PYTHON) -m orchestration.demo $(ARGS)
 
-test: setup ## every CPU test
-	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+test: setup ## the CPU tests
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # The GPU tests are left out of all others: pyproject.toml ignores their folder.
 test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU against their references
@@ -38,7 +38,8 @@ test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU
 bench-gpu: setup ## [ARGS="--json numbers.json"]: a layer against LLaVA's, attention kernels, FP8 and MFU at 7B widths, on one GPU
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-soak: setup ## longer proofs: kill loops (minutes)
+soak: setup ## longer proofs: slow tests, kill loops (half an hour)
+	$(PYTHON) -m pytest -m slow
 	$(PYTHON) -m tests.soak.kill_shards $(ARGS)
 	$(PYTHON) -m tests.soak.share_cache $(ARGS)
 	$(PYTHON) -m tests.soak.kill_training $(ARGS)

@@ -4,6 +4,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from benchmarks.shards import write
 from benchmarks.shards.inputs import write_data_set
 from data_prep.plan import Settings
@@ -24,6 +26,7 @@ def contents(folder: Path) -> list[tuple[bytes, list]]:
     return sorted((members[f"{key}.jpg"], json.loads(members[f"{key}.json"])["conversations"]) for key in keys)
 
 
+@pytest.mark.slow
 def test_every_writer_writes_the_same_samples_and_the_table_is_told(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     with write.local_ray(2):

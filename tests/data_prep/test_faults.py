@@ -57,7 +57,7 @@ def finish(options: list[str], out: Path) -> dict[str, bytes]:
     return contents(out)
 
 
-@pytest.mark.parametrize("victim", ["driver", "group"])
+@pytest.mark.parametrize("victim", [pytest.param("driver", marks=pytest.mark.slow), "group"])
 def test_a_killed_run_is_finished_by_the_same_command(calm, tmp_path: Path, victim: str) -> None:
     options, whole = calm
     out = tmp_path / "out"
@@ -87,6 +87,7 @@ def test_killed_workers_are_replaced_during_the_run(calm, tmp_path: Path) -> Non
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_an_interrupted_one_ends_cleanly(calm, tmp_path: Path) -> None:
     options, whole = calm
     out = tmp_path / "out"
@@ -103,6 +104,7 @@ def test_a_second_run_is_refused_and_an_interrupted_one_ends_cleanly(calm, tmp_p
     assert finish(options, out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_room_is_all_it_takes(calm, tmp_path: Path) -> None:
     options, whole = calm
     probe = subprocess.run([*IN_A_NAMESPACE, 'mount -t tmpfs none "$0"', tmp_path], capture_output=True, text=True)

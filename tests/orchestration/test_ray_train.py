@@ -13,6 +13,7 @@ from pipeline.metrics import read_metrics
 from tests.world import CONFIGS
 
 
+@pytest.mark.slow
 def test_two_ray_workers_give_the_losses_of_one_process(world, stage1, tmp_path):
     overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
     driver = [sys.executable, "-m", "orchestration.ray_train", "--config", str(CONFIGS / "demo-stage1.yaml")]
