@@ -131,7 +131,7 @@ class SaisaLayer(MegatronModule):
 class SaisaModel(MegatronModule):
     """One stage of SAISA: token ids or text states and frozen vision features in, losses or text states out.
 
-    With `shared_projector` (stage 1 of training) one projector serves all layers, and runs once a pipeline stage.
+    With `shared_projector` (stage 1 of training) one projector serves all layers, and runs once a pack on every stage.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class SaisaModel(MegatronModule):
 
     def _project_once(self, features_IC: Tensor) -> Tensor:
         assert self.shared_projector is not None
-        with self.parts.fp8_of_layer(self.stage.layers.start):
+        with self.parts.fp8_of_layer(self.model.num_layers // 2):  # on every stage the same, and no edge layer
             return self.shared_projector(features_IC)
 
 

@@ -8,7 +8,8 @@ name can be resumed from. It holds what the stage trains, the optimizer, random 
 import json
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,17 +28,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data_prep.files import sync_folder, write_whole
 from model.saisa import SaisaModel
 from pipeline.optimizer import load_optimizer_state
-from pipeline.run_info import RunInfo, check_run, read_info
+from pipeline.run_info import ASIDE, RunInfo, check_run, read_info
 
 SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
-ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; a context manager that ends when the last is whole.
 
     In the background, training goes on as soon as the state is copied; a forked process writes it, and `poll`, called
-    by all processes after every step, gives the checkpoint its name.
+    by all processes after every step, has the first of them hash the files and gives the checkpoint its name.
     """
 
     def __init__(
@@ -65,7 +65,11 @@ class CheckpointWriter:
             self.calls.close(abort=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes the state (from `sharded_state`) after `step` optimizer steps."""
+        """Writes the state (from `sharded_state`) after `step` optimizer steps.
+
+        Raises:
+            OSError: It could not be written.
+        """
         self.poll(wait=True)
         part = self.folder / f"step-{step:08d}.part"
         if torch.distributed.get_rank() == 0:
@@ -74,13 +78,14 @@ class CheckpointWriter:
         # Megatron-core would start a process that imports this whole program, only to hold the queue of results.
         results: Any = get_context("fork").Queue() if self.in_background else queue.Queue()
         filesystem_async._results_queue = results
-        request = dist_checkpointing.save(
-            state,
-            str(part),
-            async_sharded_save=self.in_background,
-            async_strategy="mcore",
-            verify_integrity=True,  # SHA-256 of every file: torch notices a cut file, but not a changed byte
-        )
+        with self._named_errors():
+            request = dist_checkpointing.save(
+                state,
+                str(part),
+                async_sharded_save=self.in_background,
+                async_strategy="mcore",
+                verify_integrity=True,  # SHA-256 of every file: torch notices a cut file, but not a changed byte
+            )
         if request is None:
             self._publish(step, part)
         else:
@@ -95,10 +100,18 @@ class CheckpointWriter:
         """
         if not self.calls.get_num_unfinalized_calls():
             return
-        try:
+        with self._named_errors():
             self.calls.maybe_finalize_async_calls(blocking=wait)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, CheckpointException) as error:
-            raise OSError(f"{self.folder}: a checkpoint could not be written in the background: {error}") from error
+            why = " ".join(str(error).split())[-300:]
+            raise OSError(
+                f"{self.folder}: a checkpoint could not be written; the one before it is whole: {why}"
+            ) from error
 
     def _publish(self, step: int, part: Path) -> None:
         folder = part.with_suffix("")

@@ -8,7 +8,9 @@ import importlib
 import json
 import resource
 import time
+import uuid
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -138,7 +140,7 @@ class MetricsLog:
         due = metrics.step % self.config.every_steps == 0 or metrics.step == self.num_steps
         if due and self.progress.disable:
             per_step = (time.monotonic() - self.started) / (metrics.step - self.first_step)
-            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.num_steps - metrics.step)))
+            left = timedelta(seconds=round(per_step * (self.num_steps - metrics.step)))
             rate = f"lr {metrics.learning_rate:.2e}  grad norm {metrics.grad_norm:.2f}"
             if "mfu" in values:
                 rate += f"  {metrics.tflops_per_second:.0f} TFLOP/s  MFU {values['mfu']:.1%}"
@@ -153,6 +155,8 @@ class MetricsLog:
 def start_wandb(project: str, run_dir: Path) -> Any:
     """Returns a run of Weights & Biases that goes on where an earlier one of the same folder ended.
 
+    It keeps the first value of a step that a killed run takes again.
+
     Raises:
         ValueError: The package is not installed.
     """
@@ -162,7 +166,10 @@ def start_wandb(project: str, run_dir: Path) -> Any:
         raise ValueError(
             f"log.wandb_project={project} needs the package wandb; install it, or leave log.wandb_project out"
         ) from None
-    return wandb.init(project=project, name=run_dir.name, id=run_dir.name, dir=run_dir, resume="allow")
+    kept = run_dir / "wandb-id"
+    if not kept.is_file():
+        write_whole(kept, uuid.uuid4().hex[:12].encode())
+    return wandb.init(project=project, name=run_dir.name, id=kept.read_text(), dir=run_dir, resume="allow")
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

@@ -57,9 +57,7 @@ def wrap(stages: list[SaisaModel], groups: ProcessGroupCollection) -> list[Distr
     return wrapped
 
 
-def build_optimizer(
-    wrapped: list[DistributedDataParallel], config: RunConfig, groups: ProcessGroupCollection
-) -> MegatronOptimizer:
+def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """Returns AdamW with its states divided over the data-parallel group; the rate is set every step.
 
     Raises:

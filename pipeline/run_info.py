@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import PROJECTOR_WORDS, RunConfig
 from pipeline.lengths import tokenizer_fingerprint
 
 MIB = 1 << 20
+ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
+
+PRECISION = {"fp32": {"precision"}, "bf16": {"precision"}, "fp8": {"precision", "fp8_recipe", "bf16_edge_layers"}}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class RunInfo:
     shards_in_use: int
     global_batch_size: int
     seed: int
-    precision: str
+    precision: dict[str, Any]
+    exact_images: bool
     optim: dict[str, Any]
     num_steps: int
 
@@ -45,7 +49,7 @@ def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: in
         stage=config.stage,
         model=config.model.model_dump(mode="json"),
         base=base_fingerprint(config.init.base),
-        projector=config.init.projector,
+        projector=config.init.projector if config.init.projector in PROJECTOR_WORDS else "stage 1",
         shards=[[name, source.repeat] for name, source in zip(shard_fingerprints, config.data.shards, strict=True)],
         tokenizer=tokenizer_fingerprint(config.init.base),
         template=config.data.template,
@@ -56,7 +60,8 @@ def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: in
         shards_in_use=config.data.shards_in_use,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
-        precision=config.compute.precision,
+        precision=config.compute.model_dump(mode="json", include=PRECISION[config.compute.precision]),
+        exact_images=config.data.exact_images,
         optim=config.optim.model_dump(mode="json"),
         num_steps=num_steps,
     )
@@ -83,11 +88,15 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:
     """Returns the checkpoint a run goes on from: `auto` the newest if there is one, `previous` the one before it.
 
+    Once a newer one is set aside, `previous` means the newest of the others, so that the same command may be given
+    again.
+
     Raises:
         ValueError: There is no previous one.
     """
     found = sorted(run_dir.glob("checkpoints/step-????????"), reverse=True)
-    if resume == "auto":
+    aside = sorted(run_dir.glob(f"checkpoints/step-????????{ASIDE}"), reverse=True)
+    if resume == "auto" or (found and aside and aside[0].name > found[0].name):
         return found[0] if found else None
     if len(found) < 2:
         raise ValueError(f"checkpoint.resume=previous: {run_dir} has {len(found)} checkpoints; use another run_dir")
@@ -115,7 +124,10 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "info.json"
     if not file.is_file():
         raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
-    info = json.loads(file.read_text())
+    try:
+        info = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: damaged ({error}); name another checkpoint") from None
     if not {"step", "run", "config"} <= info.keys():
         raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")
     return info

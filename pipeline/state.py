@@ -47,7 +47,13 @@ class TrainState:
 
 
 def build(config: RunConfig, device: torch.device) -> TrainState:
-    """Returns the state at step 0: base weights and projectors loaded, the stage's parameters trainable."""
+    """Returns the state at step 0: base weights and projectors loaded, the stage's parameters trainable.
+
+    Raises:
+        ValueError: The base, the shards or the machine do not fit the configuration.
+    """
+    if config.compute.precision == "fp8":
+        check_fp8(config.compute.fp8_recipe)
     found = base_model_config(config.init.base)
     if differing := differences(config.model, found):
         raise ValueError(
@@ -70,7 +76,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         groups=groups,
         stages=stages,
         wrapped=wrapped,
-        optimizer=build_optimizer(wrapped, config, groups),
+        optimizer=build_optimizer(wrapped, config),
         tower=load_vision_tower(config.init.base, config.compute.dtype, device),
         flops_per_image=flops_per_image(config.init.base, config.model.vision),
         source=source,
@@ -93,8 +99,6 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
 
 def build_stages(config: RunConfig, groups: ProcessGroupCollection, num_layers: Sequence[int]) -> list[SaisaModel]:
     """Returns this process's stages of the pipeline, without weights."""
-    if config.compute.precision == "fp8":
-        check_fp8(config.compute.fp8_recipe)
     parallel = config.parallel
     transformer = build_transformer_config(config.model, config.compute, parallel, config.shared_projector)
     return [

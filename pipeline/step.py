@@ -23,7 +23,8 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     Once any process has been told to stop, `state.is_stopping` is set on all.
 
     Raises:
-        ValueError: the loss is not finite; the optimizer has not stepped, and the last checkpoint is sound.
+        ValueError: no sample has a target, or the loss or the gradient norm is not finite; the last checkpoint is
+            sound.
     """
     started = time.monotonic()
     config = state.config

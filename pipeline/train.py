@@ -41,8 +41,8 @@ def train(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with (
         MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank()) as log,
-        checkpoint_writer(state, log) as writer,
         state.stop,
+        checkpoint_writer(state, log) as writer,
     ):
         introduce(state, log)
         for batch, wait_seconds in timed(state.source.batches(state.step)):
@@ -55,7 +55,7 @@ def train(config: RunConfig) -> None:
             if state.is_stopping:
                 break
     shutdown_distributed()
-    if state.is_stopping:
+    if state.is_stopping and state.step < state.source.num_steps:
         log.say(f"stopped by SIGTERM after step {state.step}; the same command goes on from there")
         raise SystemExit(STATUS)
 
@@ -108,8 +108,8 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
     )
     if 0 < state.source.num_steps < FEW_STEPS:
         log.say(
-            f"only {state.source.num_steps} steps, of which the first has learning rate 0; with so few samples, lower "
-            "train.global_batch_size or raise train.num_epochs"
+            f"only {state.source.num_steps} steps; with so few samples, lower train.global_batch_size or raise "
+            "train.num_epochs, or there is hardly any training"
         )
     if state.step == state.source.num_steps:
         log.say("this run is finished; set another run_dir to train again")

@@ -68,5 +68,5 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
     (tmp_path / "run7").mkdir()
     with MetricsLog(tmp_path / "run7", settings, 0, 1, is_first_rank=True) as log:
         log.step(metrics(1, 0.25))
-    assert told[0]["project"] == "x" and told[0]["id"] == "run7"
+    assert told[0]["project"] == "x" and told[0]["id"] == (tmp_path / "run7/wandb-id").read_text()
     assert told[1:] == [(1, 0.25), "end"]
