@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset.compat import WebDataset
 
 import pipeline.shard_cache
+from pipeline.distributed import worker_context
 from pipeline.shards import ShardSet
 from tests.s3_server import Bucket
 from tests.shard_sets import LONG_ANSWER, NUM_SAMPLES
@@ -224,10 +225,10 @@ def test_s3_that_fails_now_and_then(shard_folder, tmp_path, s3: Bucket):
         found = [shards.members(number) for number in range(first, second)]
     expected = everything(ShardSet(shard_folder))
     assert found == expected[first:second]
-    rest = range(second, len(shards))  # forked workers must not use this process's connections
-    assert (
-        list(DataLoader(Samples(shards), batch_size=None, sampler=rest, num_workers=2, timeout=60)) == expected[second:]
-    )
+    rest = range(second, len(shards))
+    # Not forked from this process, whose threads (the server's too) a fork may catch at any moment
+    workers = {"num_workers": 2, "timeout": 60, "multiprocessing_context": worker_context()}
+    assert list(DataLoader(Samples(shards), batch_size=None, sampler=rest, **workers)) == expected[second:]
     assert records == [shards.record(number) for number in range(len(records))]
     assert sum(request.failed for request in requests) > 5
     assert {request.path for request in requests if request.path.endswith(".tar")} == {
