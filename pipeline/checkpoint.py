@@ -108,9 +108,8 @@ class CheckpointWriter:
         try:
             yield
         except (RuntimeError, CheckpointException) as error:
-            why = " ".join(str(error).split())[-300:]
             raise OSError(
-                f"{self.folder}: a checkpoint could not be written; the one before it is whole: {why}"
+                f"{self.folder}: a checkpoint could not be written; the one before it is whole: {_cause(error)}"
             ) from error
 
     def _publish(self, step: int, part: Path) -> None:
@@ -192,8 +191,13 @@ def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
 def _load(sharded: dict[str, Any], checkpoint: Path, **options: Any) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], dist_checkpointing.load(sharded, str(checkpoint), verify_integrity=True, **options))
-    except CheckpointException as error:  # not an Exception in torch, so nobody else would see it
-        first = next(iter(error.failures.values()))[0]
-    except CheckpointingException as error:
-        first = " ".join(str(error).split())
-    raise ValueError(f"{checkpoint}: damaged ({first}); checkpoint.resume=previous goes on from the one before it")
+    except (CheckpointException, CheckpointingException) as error:  # torch's is no Exception: nobody else would see it
+        why = _cause(error)
+    raise ValueError(f"{checkpoint}: damaged ({why}); checkpoint.resume=previous goes on from the one before it")
+
+
+def _cause(error: BaseException) -> str:
+    """Returns the first failure that torch gathered from all processes, or the error itself, in one line."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    first = next((failure[0] for failure in failures.values()), error)
+    return " ".join(str(first).split())[:300]

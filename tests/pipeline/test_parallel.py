@@ -28,6 +28,7 @@ SPLITS = {
     "TP2 sequence": (2, {"tp": 2, "sequence_parallel": True}),
     "PP2": (2, {"pp": 2}),
     "PP2 interleaved": (2, {"pp": 2, "chunks_per_rank": 2}),
+    "PP2 uneven": (2, {"pp": 2, "layers_per_stage": (3, 1)}),
     "DP2": (2, {}),
     "TP2 PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
     "TP2 DP2": (4, {"tp": 2}),

@@ -6,18 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from traceback import StackSummary
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.console import run
 from model.weights import SHARED, read_safetensors
 from pipeline import step as step_module
 from pipeline import train as training
-from pipeline.checkpoint import load_trained_parameters
+from pipeline.checkpoint import load_trained_parameters, set_aside_newer
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.metrics import read_metrics
-from pipeline.run_info import find_checkpoint, latest_checkpoint
+from pipeline.run_info import checkpoint_to_resume, find_checkpoint, latest_checkpoint
 from pipeline.state import build
 from pipeline.train import train
 from tests.world import CONFIGS
@@ -122,6 +124,28 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(stage2, tmp_path, byte):
     file.write_bytes(data)
     with pytest.raises(ValueError, match="step-00000006: damaged"):
         train(config)
+    shutdown_distributed()
+
+
+def test_previous_is_the_same_checkpoint_until_a_newer_one_is_saved(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000002", "step-00000004", "step-00000006"):
+        (folder / name).mkdir(parents=True)
+    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
+    set_aside_newer(folder / "step-00000004")
+    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
+    (folder / "step-00000008").mkdir()
+    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
+    assert checkpoint_to_resume(tmp_path, "auto") == folder / "step-00000008"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(stage2, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise CheckpointException("save", {0: (OSError("no space left on device"), StackSummary())})
+
+    monkeypatch.setattr("pipeline.checkpoint.dist_checkpointing.save", full_disk)
+    with pytest.raises(OSError, match="could not be written; the one before it is whole: .*no space left"):
+        train(stage2.model_copy(update={"run_dir": tmp_path}))
     shutdown_distributed()
 
 
