@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 @dataclass
 class S3Server:
-    """The server, as a WSGI application around moto's."""
+    """The server, as a WSGI application around moto's; `fail_every` counts each method's requests by themselves."""
 
     serve: Callable[..., Iterable[bytes]]
     fail_every: int = 0
@@ -54,8 +54,10 @@ class S3Server:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answers a request, or 500 before S3 has seen it when its turn has come."""
         with self.counting:
-            fails = self.fail_every > 0 and len(self.requests) % self.fail_every == self.fail_every - 1
-            self.requests.append(Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], fails))
+            method = environ["REQUEST_METHOD"]
+            num_before = sum(request.method == method for request in self.requests)
+            fails = self.fail_every > 0 and num_before % self.fail_every == self.fail_every - 1
+            self.requests.append(Request(method, environ["PATH_INFO"], fails))
         if not fails:
             return self.serve(environ, start_response)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -65,7 +67,7 @@ class S3Server:
 
     @contextmanager
     def watched(self, fail_every: int = 0) -> Iterator[list[Request]]:
-        """Yields the growing list of the block's requests, of which every `fail_every`-th is answered 500."""
+        """Yields the growing list of the block's requests, of which every `fail_every`-th of a method fails."""
         self.fail_every, self.requests = fail_every, []
         try:
             yield self.requests

@@ -6,35 +6,27 @@ import random
 import re
 from base64 import b64decode
 from collections import Counter
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 from upath import UPath
 
-from data_prep.console import command
 from data_prep.plan import Settings
 from data_prep.report import build_tasks, count_rejects, main, percent_text, size_text, source_rows
 from data_prep.report_shard import ReportTask, ShardReport, read_shard, thumbnail
 from data_prep.report_stats import NO_FOLDER, NO_IMAGE, Stats, bars, merge, percentile, shown
 from data_prep.shards import make_shards
+from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SMALL = Settings(shard_bytes=12_000)
 HOSTILE = '</div></article><script>alert("1")</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }}'
 
 
-def run_cli(*arguments: object) -> tuple[int, str]:
-    """Returns exit status and stderr of the command, run in this process to share its Ray."""
-    app = typer.Typer()
-    app.command()(command(main))
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stderr
+run_cli = partial(run_command, main)
 
 
 def read_all(out: Path, **options) -> list[ShardReport]:

@@ -6,17 +6,16 @@ import os
 import subprocess
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 from webdataset.compat import WebDataset
 
-from data_prep.console import command
 from data_prep.plan import Settings
 from data_prep.shards import main, make_shards, parse_bytes
+from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 SMALL = Settings(shard_bytes=12_000)
@@ -30,14 +29,7 @@ def tars(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
 
 
-def run_cli(*arguments: object) -> tuple[int, str]:
-    """Returns exit status and stderr of the command, run in this process to share its Ray."""
-    app = typer.Typer()
-    app.command()(command(main))
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stderr
+run_cli = partial(run_command, main)
 
 
 def cli_arguments(dataset, out: Path) -> list[object]:

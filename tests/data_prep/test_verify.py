@@ -6,21 +6,20 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 from webdataset.compat import WebDataset
 
 from data_prep import verify, verify_shard
-from data_prep.console import command
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from data_prep.tar_writer import END_OF_ARCHIVE
 from data_prep.verify import main, verify_shards
 from data_prep.verify_shard import MAX_NAMED, Problem, VerifyTask, shorten
+from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 DAMAGED = "bytes differ from the checksum"
@@ -471,13 +470,7 @@ def test_a_shard_that_only_a_worker_misses_is_not_called_damaged(shards: Shards,
 
 
 def test_exit_status(shards: Shards, tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(command(main))
-
-    def run_cli(*arguments: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return result.exit_code, result.stderr
-
+    run_cli = partial(run_command, main)
     status, said = run_cli(shards.out, "--workers", 1)
     assert status == 0 and "every byte as it was written" in said
     status, said = run_cli(shards.out, "--workers", 0)

@@ -1,5 +1,7 @@
 """The Megatron-core SAISA against the plain reference: losses and every gradient, in fp32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,6 +13,7 @@ from model.pack import IGNORE_INDEX, Pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from model.weights import from_hf, load_parameters, name_table, to_hf
+from tests.model.packs import pack_of
 from tests.model.reference import reference_logits, reference_loss
 
 V = 4  # visual tokens an image
@@ -57,30 +60,13 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
 def random_pack(model: ModelConfig, layouts: list[tuple[int, ...]], seed: int = 0) -> tuple[Pack, Tensor]:
     """Samples with the given layouts in one row, and their features."""
     generator = torch.Generator().manual_seed(seed)
-    positions, image_positions, text_lengths = [], [], []
-    for segments in layouts:
-        at = 0
-        for number, length in enumerate(segments):
-            positions += range(at, at + length)
-            at += length
-            if number < len(segments) - 1:
-                image_positions.append(at)
-                at += V
-        text_lengths.append(sum(segments))
-    num_text = len(positions)
+    pack = pack_of(layouts, V)
+    num_text = len(pack.positions_T)
     targets = torch.randint(model.vocab_size, (num_text,), generator=generator)
     targets[torch.rand(num_text, generator=generator) < 0.4] = IGNORE_INDEX
-    image_counts = [len(segments) - 1 for segments in layouts]
-    pack = Pack(
-        torch.randint(model.vocab_size, (num_text,), generator=generator),
-        torch.tensor(positions),
-        targets,
-        torch.tensor(image_positions, dtype=torch.long),
-        text_lengths,
-        image_counts,
-        V,
-    )
-    return pack, torch.randn(sum(image_counts) * V, model.vision.hidden_size, generator=generator)
+    token_ids = torch.randint(model.vocab_size, (num_text,), generator=generator)
+    features = torch.randn(pack.num_images * V, model.vision.hidden_size, generator=generator)
+    return replace(pack, token_ids_T=token_ids, targets_T=targets), features
 
 
 def assert_equal_to_rounding(ours: Tensor, reference: Tensor, name: str = "") -> None:
