@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.shards.measure import Figure, median_ratio, report
 from data_prep.console import run
 from model.attention import attention, check_backend, installed_kernels, rotary_table
-from model.backend import HAVE_TE, Layers, check_fp8
+from model.backend import HAVE_TE, LayerBuilder, check_fp8
 from model.compute import ComputeConfig, build_transformer_config
 from model.config import ModelConfig
 from model.flops import TrainingStage, matrix_products, training_flops
@@ -107,7 +107,7 @@ def layer_pass(model: ModelConfig, compute: ComputeConfig, pack: Pack, device: t
     """
     has_images, middle = pack.num_images > 0, model.num_layers // 2
     config = build_transformer_config(model, compute, ParallelConfig(), shared_projector=not has_images)
-    layers = Layers(config, ProcessGroupCollection.use_mpu_process_groups().tp)
+    layers = LayerBuilder(config, ProcessGroupCollection.use_mpu_process_groups().tp)
     layer = random_weights(SaisaLayer(layers, model, has_images, compute.attention), device)
     text_TD = torch.randn(
         len(pack.positions_T), model.hidden_size, device=device, dtype=compute.dtype, requires_grad=True
@@ -223,7 +223,7 @@ def compare_norms(model: ModelConfig, num_rows: int, device: torch.device, round
         return []
     compute = ComputeConfig(precision="bf16")
     config = build_transformer_config(model, compute, ParallelConfig(), False)
-    ours = Layers(config, ProcessGroupCollection.use_mpu_process_groups().tp).rms_norm().to(device)
+    ours = LayerBuilder(config, ProcessGroupCollection.use_mpu_process_groups().tp).rms_norm().to(device)
     builder = cast(Any, get_backend("transformer_engine").layer_norm(rms_norm=True))
     norms = {"torch": ours, "transformer engine": builder(config, model.hidden_size, eps=model.norm_epsilon)}
     x = torch.randn(num_rows, model.hidden_size, device=device, dtype=compute.dtype, requires_grad=True)

@@ -4,10 +4,10 @@ Linear layers are Transformer Engine's on a GPU, megatron-core's own elsewhere. 
 so asking for it without is an error, never a silent bf16.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,6 @@ from megatron.core.extensions.transformer_engine import HAVE_TE, te_checkpoint
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -23,7 +22,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
+FP8_STATE = "_extra_state"  # what Transformer Engine calls it in a state dict
 FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
+BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
 BLOCKWISE_SINCE, MXFP8_SINCE = (9, 0), (10, 0)
 
 
@@ -38,6 +39,19 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 def layer_provider(dtype: torch.dtype) -> BackendSpecProvider:
     """Returns megatron-core's provider of linear layers for this machine and parameters of a type."""
     return get_backend("transformer_engine" if uses_transformer_engine(dtype) else "local")
+
+
+def check_machine() -> None:
+    """Makes sure that megatron-core can train here at all.
+
+    Raises:
+        ValueError: It would use Transformer Engine's kernels, because that is installed, and there is no GPU.
+    """
+    if HAVE_TE and not torch.cuda.is_available():
+        raise ValueError(
+            "Transformer Engine is installed, whose optimizer megatron-core then uses, and there is no GPU; use an "
+            "environment without the extra `gpu`, or show it the GPU (CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def check_fp8(recipe: str) -> None:
@@ -61,32 +75,50 @@ def check_fp8(recipe: str) -> None:
         )
 
 
+def has_fp8_state(config: TransformerConfig) -> bool:
+    """Whether layers remember scales from step to step, as those of FP8's delayed recipe do."""
+    return config.fp8 is not None and config.fp8_recipe == "delayed"
+
+
+@contextmanager
+def fp8_state_trusted() -> Iterator[None]:
+    """Lets Transformer Engine take up the scales it pickled, which it refuses to unless this variable is set.
+
+    Reading a checkpoint unpickles its `.metadata` in any case, so this trusts its writer no more than that does.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def leave(weight: Tensor) -> None:
     """Initialises nothing: every weight is loaded, see `model.weights`."""
 
 
-@dataclass(frozen=True)
-class Layers:
+class LayerBuilder:
     """Builds the layers of one model: which classes, which configuration, which tensor-parallel group.
 
     Raises:
         ValueError: The configuration asks for what the classes of this machine cannot do.
     """
 
-    config: TransformerConfig
-    tp_group: ProcessGroup
-    provider: BackendSpecProvider = field(init=False)
-    whole_rows: TransformerConfig = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.config.gradient_accumulation_fusion and not uses_transformer_engine(self.config.params_dtype):
+    def __init__(self, config: TransformerConfig, tp_group: ProcessGroup) -> None:
+        if config.gradient_accumulation_fusion and not uses_transformer_engine(config.params_dtype):
             raise ValueError(
                 "compute.gradient_accumulation_fusion=true needs Transformer Engine: a GPU, the extra `gpu`, and "
                 "compute.precision=bf16 or fp8; set it to false"
             )
-        object.__setattr__(self, "provider", layer_provider(self.config.params_dtype))
-        # Layers whose input every rank has whole, with sequence parallelism too
-        object.__setattr__(self, "whole_rows", replace(self.config, sequence_parallel=False))
+        self.config, self.tp_group = config, tp_group
+        self.provider = layer_provider(config.params_dtype)
+        # Of layers whose input every rank has whole, with sequence parallelism too
+        self.config_for_whole_rows = replace(config, sequence_parallel=False)
 
     def column_parallel(self, input_size: int, output_size: int, bias: bool, whole_rows: bool = False) -> Module:
         """Returns a linear layer whose output features are divided over the tensor-parallel group.
@@ -96,7 +128,7 @@ class Layers:
         return self.provider.column_parallel_linear()(
             input_size,
             output_size,
-            config=self.whole_rows if whole_rows else self.config,
+            config=self.config_for_whole_rows if whole_rows else self.config,
             init_method=leave,
             gather_output=False,
             bias=bias,
@@ -159,7 +191,7 @@ class Layers:
             self.config.hidden_size,
             vocab_size,
             # megatron-core's own class, which leaves the fusion of gradients to apex
-            config=replace(self.whole_rows, gradient_accumulation_fusion=False),
+            config=replace(self.config_for_whole_rows, gradient_accumulation_fusion=False),
             init_method=leave,
             bias=False,
             skip_weight_param_allocation=tied,
@@ -168,11 +200,11 @@ class Layers:
 
     def fp8_of_all(self) -> AbstractContextManager:
         """Returns the context around all layers; nothing without FP8's delayed recipe, which updates at its end."""
-        return get_fp8_context(self.config) if self.config.fp8_recipe == "delayed" else nullcontext()
+        return get_fp8_context(self.config) if has_fp8_state(self.config) else nullcontext()
 
     def fp8_of_layer(self, layer: int) -> AbstractContextManager:
         """Returns the context in which a layer (counted over the whole model) runs; nothing without FP8."""
-        return nullcontext() if self.config.fp8_recipe == "delayed" else get_fp8_context(self.config, layer)
+        return nullcontext() if has_fp8_state(self.config) else get_fp8_context(self.config, layer)
 
     def fp8_at_creation(self, layer: int) -> AbstractContextManager:
         """Returns the context in which a layer is built; nothing unless parameters are kept in FP8."""
@@ -181,5 +213,5 @@ class Layers:
     def recomputed[*Args](self, function: Callable[[*Args], Tensor], *args: *Args) -> Tensor:
         """Returns `function(*args)`, computed again in the backward pass instead of keeping what it is made of."""
         if self.config.fp8:  # Transformer Engine's own restores its scales
-            return te_checkpoint(function, False, get_cuda_rng_tracker, self.tp_group, *args)
-        return cast(Tensor, checkpoint(partial(function), *args, use_reentrant=False, preserve_rng_state=False))
+            return te_checkpoint(function, False, None, self.tp_group, *args)  # no random numbers to restore
+        return cast(Tensor, checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False))

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import Field, model_validator
 from torch.nn.functional import silu
 
-from model.backend import FP8_ROWS
+from model.backend import BLOCK_ROWS, FP8_ROWS
 from model.config import ModelConfig, Section
 from model.parallel import ParallelConfig
 
@@ -47,6 +47,11 @@ class ComputeConfig(Section):
                 f"compute.bf16_edge_layers={self.bf16_edge_layers} needs layers that are scaled one by one, and "
                 "compute.fp8_recipe=delayed updates the scales of all at once; use another recipe, or no edge layers"
             )
+        if self.recompute != "none" and self.precision == "fp8" and self.fp8_recipe == "delayed":
+            raise ValueError(
+                f"compute.recompute={self.recompute} with compute.fp8_recipe=delayed would update the scales at every "
+                "layer that is computed again; use another recipe, or compute.recompute=none"
+            )
         return self
 
     @property
@@ -54,10 +59,11 @@ class ComputeConfig(Section):
         """What parameters and activations are stored in."""
         return DTYPES[self.precision]
 
-    @property
-    def kernel_rows(self) -> int:
-        """What a linear layer's rows must be a multiple of."""
-        return FP8_ROWS if self.precision == "fp8" else 1
+    def kernel_rows(self, are_divided: bool) -> int:
+        """Returns what a linear layer's rows should be a multiple of; `are_divided`: by sequence parallelism."""
+        if self.precision != "fp8":
+            return 1
+        return BLOCK_ROWS if are_divided and self.fp8_recipe == "blockwise" else FP8_ROWS
 
 
 def build_transformer_config(

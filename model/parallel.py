@@ -111,15 +111,15 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def split_layers(layer_cost: float, first_cost: float, last_cost: float, num_layers: int, num_stages: int) -> list[int]:
+def split_layers(layer_cost: float, last_cost: float, num_layers: int, num_stages: int) -> list[int]:
     """Returns the layers of each stage so that the costliest stage costs least.
 
-    The costs are those of a layer, and of what only the first and the last stage do. Among equals the split whose
-    stages are most even wins, and then the one with fewer layers early.
+    The costs are those of a layer and of what only the last stage does. Among equals the split whose stages are most
+    even wins, and then the one with fewer layers early.
     """
 
     def cost(stage: int, count: int) -> float:
-        return count * layer_cost + (first_cost if stage == 0 else 0) + (last_cost if stage == num_stages - 1 else 0)
+        return count * layer_cost + (last_cost if stage == num_stages - 1 else 0)
 
     # best[k]: (cost of the worst stage, sum of squares, counts) of the first stages with k layers in all
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}

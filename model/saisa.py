@@ -36,7 +36,7 @@ from torch.nn import ModuleDict
 from torch.nn.functional import gelu
 
 from model.attention import attention, rotary_table, rotate
-from model.backend import Layers
+from model.backend import LayerBuilder
 from model.config import ModelConfig
 from model.pack import IGNORE_INDEX, Pack
 from model.parallel import Stage, padded_vocab_size
@@ -47,7 +47,7 @@ Rotary = tuple[Tensor, Tensor]
 class Projector(MegatronModule):
     """Turns vision features into the visual tokens of a layer: Linear, GELU, Linear (or one Linear, table 7)."""
 
-    def __init__(self, layers: Layers, model: ModelConfig) -> None:
+    def __init__(self, layers: LayerBuilder, model: ModelConfig) -> None:
         super().__init__(layers.config)
         self.tp_group, self.kind = layers.tp_group, model.projector
         width, hidden = model.vision.hidden_size, model.hidden_size
@@ -68,7 +68,7 @@ class Projector(MegatronModule):
 class NaavitAttention(MegatronModule):
     """Self-attention whose queries are text and whose keys and values are images and text."""
 
-    def __init__(self, layers: Layers, model: ModelConfig, backend: str) -> None:
+    def __init__(self, layers: LayerBuilder, model: ModelConfig, backend: str) -> None:
         super().__init__(layers.config)
         self.head_dim, self.backend = model.head_dim, backend
         self.num_row_parts = layers.tp_group.size() if layers.config.sequence_parallel else 1
@@ -102,7 +102,7 @@ class NaavitAttention(MegatronModule):
 class SaisaLayer(MegatronModule):
     """One decoder layer: text attends to its own images and text, then passes the FFN. Visual tokens do neither."""
 
-    def __init__(self, layers: Layers, model: ModelConfig, own_projector: bool, backend: str) -> None:
+    def __init__(self, layers: LayerBuilder, model: ModelConfig, own_projector: bool, backend: str) -> None:
         super().__init__(layers.config)
         self.parts = layers
         self.projector = Projector(layers, model) if own_projector else None
@@ -153,7 +153,7 @@ class SaisaModel(MegatronModule):
         )
         self.share_embeddings_and_output_weights = False  # over stages: tied embeddings are refused there
         self.input_tensor: Tensor | None = None
-        self.parts = layers = Layers(config, groups.tp)
+        self.parts = layers = LayerBuilder(config, groups.tp)
         self.embedding = layers.embedding(padded_vocab_size(model)) if stage.is_first else None
         self.shared_projector = Projector(layers, model) if shared_projector else None
         self.layers = ModuleDict()  # by number in the whole model, so that names are the same at any split

@@ -81,6 +81,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         params_dtype=config.compute.dtype,
         use_distributed_optimizer=True,
         use_precision_aware_optimizer=optim.moments == "bf16",
+        store_param_remainders=False,  # checkpoints would take the 16 bits that a weight has beyond bf16 for the weight
         exp_avg_dtype=DTYPES[optim.moments],
         exp_avg_sq_dtype=DTYPES[optim.moments],
     )

@@ -1,7 +1,7 @@
 """What a training step needs, and how it is built: data, this process's stages of the model, optimizer, encoder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
-from model.backend import check_fp8
+from model.backend import check_fp8, check_machine
 from model.compute import build_transformer_config
 from model.config import differences
 from model.flops import stage_costs
@@ -24,7 +24,7 @@ from pipeline.lengths import LengthTable
 from pipeline.optimizer import build_optimizer, freeze, wrap
 from pipeline.run_info import RunInfo, describe_run
 from pipeline.start import base_model_config, initial_parameters
-from pipeline.stop import StopRequest
+from pipeline.stop import STOP_FILE, StopRequest
 
 
 @dataclass
@@ -41,8 +41,8 @@ class TrainState:
     flops_per_image: int
     source: BatchSource
     run: RunInfo
+    stop: StopRequest
     step: int = 0
-    stop: StopRequest = field(default_factory=StopRequest)
     is_stopping: bool = False
 
 
@@ -52,6 +52,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     Raises:
         ValueError: The base, the shards or the machine do not fit the configuration.
     """
+    check_machine()
     if config.compute.precision == "fp8":
         check_fp8(config.compute.fp8_recipe)
     found = base_model_config(config.init.base)
@@ -81,6 +82,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         flops_per_image=flops_per_image(config.init.base, config.model.vision),
         source=source,
         run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
+        stop=StopRequest(config.run_dir / STOP_FILE if torch.distributed.get_rank() == 0 else None),
     )
 
 
@@ -94,7 +96,7 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
         return parallel.layers_per_stage
     text, images, targets = (round(table.column(n).mean()) for n in ("num_text", "num_images", "num_targets"))
     layer, head = stage_costs(model, config.stage, text, images * model.vision.num_tokens, targets)
-    return split_layers(layer, 0, head, model.num_layers, parallel.num_stages)
+    return split_layers(layer, head, model.num_layers, parallel.num_stages)
 
 
 def build_stages(config: RunConfig, groups: ProcessGroupCollection, num_layers: Sequence[int]) -> list[SaisaModel]:

@@ -13,12 +13,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._dynamo.utils import counters
 
 from model.attention import installed_kernels
-from model.backend import HAVE_TE, check_fp8
 from model.compute import ComputeConfig, build_transformer_config
 from model.config import ModelConfig
 from model.flops import parameter_counts
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
+from tests.gpu.needs import need_recipe, need_transformer_engine
 from tests.gpu.steps import BF16_BOUNDS, FP8_BOUNDS, assert_close, build_model, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("megatron")]
@@ -35,19 +35,6 @@ device = initialize_distributed()
 assert device.type == "cpu"
 torch.save(step(ComputeConfig(precision="fp32", attention="dense"), "finetune", device), sys.argv[1])
 """
-
-
-def need_transformer_engine() -> None:
-    if not HAVE_TE:
-        pytest.skip("needs Transformer Engine: install the extra `gpu`")
-
-
-def need_recipe(recipe: str) -> None:
-    need_transformer_engine()
-    try:
-        check_fp8(recipe)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def test_fp32_is_that_of_the_cpu(gpu, tmp_path):
@@ -92,7 +79,7 @@ def test_edge_layers_stay_bf16(gpu):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("precision", ["bf16", "tensorwise", "delayed"])
+@pytest.mark.parametrize("precision", ["bf16", "tensorwise", "blockwise"])
 def test_computing_again_changes_nothing(precision, recompute, stage, gpu):
     if precision == "bf16":
         need_transformer_engine()

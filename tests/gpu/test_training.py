@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.shapes import write_dataset
-from model.backend import HAVE_TE, check_fp8
 from pipeline.config import load_config
 from pipeline.metrics import read_metrics
 from pipeline.run_info import latest_checkpoint
 from pipeline.train import train
+from tests.gpu.needs import need_recipe, need_transformer_engine
 from tests.world import SIZES, World, build_world
 
 pytestmark = pytest.mark.gpu
@@ -66,19 +66,6 @@ def assert_near(folder: Path, exact: Path, loss: float, grad_norm: float) -> Non
     assert fall > 2 * loss * theirs[-1]["loss"], "too little was learned for the comparison to mean anything"
 
 
-def need_transformer_engine() -> None:
-    if not HAVE_TE:
-        pytest.skip("needs Transformer Engine: install the extra `gpu`")
-
-
-def need_recipe(recipe: str) -> None:
-    need_transformer_engine()
-    try:
-        check_fp8(recipe)
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_trains_like_fp32(stage, run):
     need_transformer_engine()
@@ -112,16 +99,28 @@ def test_memory_and_padding_change_nothing(changes, stage, run):
     assert_near(run(stage, **compute, **changes), run(stage, **compute), loss=2e-3, grad_norm=0.02)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compute__precision": "bf16"},
+        {"compute__precision": "bf16", "optim__moments": "bf16"},
+        {"compute__precision": "fp8", "compute__fp8_recipe": "tensorwise"},
+        {"compute__precision": "fp8", "compute__fp8_recipe": "delayed"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_from_its_checkpoint(stage, precision, run, tmp_path):
-    """The optimizer is Transformer Engine's here, with moments and step counts of its own."""
+def test_a_run_goes_on_from_its_checkpoint(stage, changes, run, tmp_path):
+    """The optimizer is Transformer Engine's here, with moments and step counts of its own; so are delayed scales."""
     need_recipe("tensorwise")
     keep = {"checkpoint__save_every_steps": 3, "checkpoint__keep_last": 9}
-    whole = run(stage, compute__precision=precision, **keep)
+    whole = run(stage, **changes, **keep)
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     last = latest_checkpoint(tmp_path)
     assert last is not None and last.name == "step-00000006"
     shutil.rmtree(last)
     train(load_config(whole / "config.yaml", [f"run_dir={tmp_path}"]))
     assert_near(tmp_path, whole, loss=2e-3, grad_norm=0.02)
+    # A forward pass adds up in one order, so a scale that was not restored would show in the first loss.
+    resumed, undisturbed = (read_metrics(folder)[3]["loss"] for folder in (tmp_path, whole))
+    assert resumed == pytest.approx(undisturbed, rel=1e-6)

@@ -6,7 +6,8 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from pydantic import ValidationError
 
-from model.backend import check_fp8
+from model import backend
+from model.backend import check_fp8, check_machine
 from model.compute import ComputeConfig, build_transformer_config
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
@@ -75,6 +76,27 @@ def test_edge_layers_are_counted_over_the_whole_model():
 def test_delayed_scaling_refuses_edge_layers():
     with pytest.raises(ValidationError, match="compute.bf16_edge_layers=1 .* compute.fp8_recipe=delayed"):
         ComputeConfig(precision="fp8", fp8_recipe="delayed", bf16_edge_layers=1)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_delayed_scaling_refuses_recomputing(recompute):
+    with pytest.raises(ValidationError, match=f"compute.recompute={recompute} with compute.fp8_recipe=delayed"):
+        ComputeConfig(precision="fp8", fp8_recipe="delayed", recompute=recompute)
+    ComputeConfig(precision="bf16", fp8_recipe="delayed", recompute=recompute)
+
+
+def test_rows_that_a_kernel_wants():
+    assert ComputeConfig().kernel_rows(are_divided=True) == 1
+    assert ComputeConfig(precision="fp8").kernel_rows(are_divided=True) == 32
+    blockwise = ComputeConfig(precision="fp8", fp8_recipe="blockwise")
+    assert [blockwise.kernel_rows(are_divided) for are_divided in (False, True)] == [32, 128]
+
+
+def test_transformer_engine_without_a_gpu_is_refused(monkeypatch):
+    check_machine()
+    monkeypatch.setattr(backend, "HAVE_TE", True)
+    with pytest.raises(ValueError, match="Transformer Engine is installed, .* and there is no GPU"):
+        check_machine()
 
 
 def test_fp8_refuses_a_machine_without_a_gpu():

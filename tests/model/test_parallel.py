@@ -39,17 +39,17 @@ def test_settings_without_their_use_are_refused(parallel, message):
 
 
 @pytest.mark.parametrize(
-    ("layer", "first", "last", "num_layers", "num_stages", "expected"),
+    ("layer", "last", "num_layers", "num_stages", "expected"),
     [
-        (1, 0, 0, 8, 4, [2, 2, 2, 2]),
-        (1, 0, 2, 8, 2, [5, 3]),  # the head costs two layers
-        (1, 1, 1, 10, 4, [2, 3, 3, 2]),
-        (1, 0, 0, 5, 2, [2, 3]),
-        (1, 0, 100, 4, 3, [1, 2, 1]),  # every stage has a layer, whatever the head costs
+        (1, 0, 8, 4, [2, 2, 2, 2]),
+        (1, 2, 8, 2, [5, 3]),  # the head costs two layers
+        (1, 1, 11, 4, [3, 3, 3, 2]),
+        (1, 0, 5, 2, [2, 3]),
+        (1, 100, 4, 3, [1, 2, 1]),  # every stage has a layer, whatever the head costs
     ],
 )
-def test_the_costliest_stage_costs_least(layer, first, last, num_layers, num_stages, expected):
-    assert split_layers(layer, first, last, num_layers, num_stages) == expected
+def test_the_costliest_stage_costs_least(layer, last, num_layers, num_stages, expected):
+    assert split_layers(layer, last, num_layers, num_stages) == expected
 
 
 def test_interleaved_stages_are_dealt_in_turn():
