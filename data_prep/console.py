@@ -37,10 +37,20 @@ def command[**P](function: Callable[P, None]) -> Callable[P, None]:
         except (ValueError, OSError) as error:
             if os.environ.get("SAISA_TRACEBACK"):
                 raise
-            print(f"error: {_tell(error)}", file=sys.stderr)
+            _report(error)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
     return wrapped
+
+
+def _report(error: ValueError | OSError) -> None:
+    """Prints the line; of several processes (under torchrun) each says who it is.
+
+    A wrong configuration is wrong for all of a machine, so the first there says it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
+        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ['RANK']})"
+        print(f"error{who}: {_tell(error)}", file=sys.stderr)
 
 
 def _tell(error: ValueError | OSError) -> str:

@@ -8,7 +8,7 @@ does. A worker that dies restarts the group, which continues from the last check
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ray
 import typer
@@ -18,18 +18,29 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from data_prep.console import run
 from pipeline.config import RunConfig as StageConfig
-from pipeline.config import load_config, resolve_paths
+from pipeline.config import load_config, resolve_paths, with_resume
+from pipeline.stop import STATUS
 from pipeline.train import train
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Runs one worker's part of the stage that `config`, a dumped run configuration, describes."""
-    train(StageConfig.model_validate(config))
+def train_worker(config: dict[str, Any]) -> bool:
+    """Runs one worker's part of the stage that `config`, a dumped run configuration, describes.
+
+    Returns whether it has come to its end; Ray would take the end of a run that was asked to stop for a failure.
+    """
+    try:
+        train(StageConfig.model_validate(config))
+    except SystemExit as end:
+        if end.code != STATUS:
+            raise
+        return False
+    return True
 
 
 def main(
     config: Annotated[Path, typer.Option(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
+    resume: Annotated[Literal["auto", "previous"] | None, typer.Option(help="short for checkpoint.resume=...")] = None,
     root: Annotated[
         Path, typer.Option(help="relative paths of the run mean this folder; every node must see it")
     ] = Path(),
@@ -38,7 +49,7 @@ def main(
     max_failures: Annotated[int, typer.Option(help="restarts from the last checkpoint after a worker dies")] = 3,
 ) -> None:
     """Trains one stage of SAISA on a Ray cluster."""
-    run = resolve_paths(load_config(config, overrides or []), root.absolute())
+    run = resolve_paths(load_config(config, with_resume(overrides, resume)), root.absolute())
     ray.init()
     use_gpu = "GPU" in ray.cluster_resources()
     trainer = TorchTrainer(
@@ -53,10 +64,12 @@ def main(
         ),
     )
     try:
-        trainer.fit()
+        is_finished = trainer.fit().return_value
     except TrainingFailedError as error:
         causes = [cause for cause in getattr(error, "worker_failures", {}).values() if isinstance(cause, ValueError)]
         raise ValueError(str(causes[0]) if causes else " ".join(str(error).split())) from error
+    if not is_finished:
+        raise SystemExit(STATUS)
 
 
 if __name__ == "__main__":

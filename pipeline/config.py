@@ -104,7 +104,7 @@ class CheckpointConfig(Section):
         description="training goes on while a forked process writes; a kill then loses up to twice save_every_steps",
     )
     resume: Literal["auto", "previous"] = Field(
-        default="auto", description="auto: from the last checkpoint, if any; previous: from the one before it"
+        default="auto", description="auto: from the last checkpoint, if any; previous: from the last that is whole"
     )
 
 
@@ -140,7 +140,8 @@ class RunConfig(Section):
     @property
     def row_multiple(self) -> int:
         """What the text rows and the visual rows of a pack are each filled up to a multiple of."""
-        return lcm(self.data.row_multiple, self.compute.kernel_rows * self.parallel.num_row_parts)
+        num_parts = self.parallel.num_row_parts
+        return lcm(self.data.row_multiple, self.compute.kernel_rows(are_divided=num_parts > 1) * num_parts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -190,6 +191,11 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"{path}: {'; '.join(_explain(item) for item in error.errors())}") from None
+
+
+def with_resume(overrides: list[str] | None, resume: str | None) -> list[str]:
+    """Returns the overrides of a command line, and what its option `--resume` says."""
+    return [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
 
 
 def resolve_paths(config: RunConfig, root: Path) -> RunConfig:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.pack import IGNORE_INDEX, Pack
 from pipeline.config import RunConfig
-from pipeline.distributed import worker_context
+from pipeline.distributed import heed_only_the_trainer, worker_context
 from pipeline.images import decode_image
 from pipeline.lengths import Encoding, LengthTable, join, length_table
 from pipeline.order import Source, shard_sequence
@@ -152,6 +152,7 @@ class BatchSource(Dataset[GlobalBatch]):
             prefetch_factor=max(1, data.prefetch_steps),
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=worker_context(),
+            worker_init_fn=heed_only_the_trainer,
         )
 
     def _read_ahead(self, steps: range) -> Iterator[GlobalBatch]:

@@ -5,15 +5,18 @@ Under torchrun (or Ray) the environment says who this process is; without it, th
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
-from multiprocessing.context import BaseContext
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from data_prep.console import UsageError
 from model.cpu_backend import use_cpu_as_cuda
 from model.parallel import ParallelConfig
 
@@ -24,7 +27,7 @@ def initialize_distributed(parallel: ParallelConfig | None = None) -> torch.devi
     """Joins the process group and returns this process's device. Uses NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ValueError: The processes cannot be divided as `parallel` asks.
+        UsageError: The processes cannot be divided as `parallel` asks.
     """
     parallel = parallel or ParallelConfig()
     use_cpu_as_cuda()
@@ -54,11 +57,11 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
     """Makes sure that replicas of the model fill the processes.
 
     Raises:
-        ValueError: They do not.
+        UsageError: They do not.
     """
     replica = parallel.tp * parallel.pp
     if num_processes % replica:
-        raise ValueError(
+        raise UsageError(
             f"parallel.tp={parallel.tp} times parallel.pp={parallel.pp} must divide the number of processes, "
             f"{num_processes}; start a multiple of {replica}, or lower them"
         )
@@ -68,29 +71,58 @@ def computed_once[Value](compute: Callable[[], Value]) -> Value:
     """Returns on every rank what the first rank computes; the others wait.
 
     Raises:
-        ValueError: On every rank, if the first raises it.
+        ValueError, OSError: On every rank, if the first raises one of the kind.
     """
     box: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
             box[0] = compute()
         except (ValueError, OSError) as error:
-            box[1] = str(error)
+            kind = next(kind for kind in (UsageError, ValueError, OSError) if isinstance(error, kind))
+            box[1] = kind(str(error))  # not every subclass can be sent
     torch.distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise box[1]
     return box[0]
 
 
-def worker_context() -> BaseContext:
+def worker_context() -> ForkServerContext:
     """Returns how to start processes that read and encode.
 
     A fork of a trainer would inherit the locks of its threads and its CUDA context; these fork from a clean server that
     has imported what they need.
     """
+    return fork_server(["pipeline.data"])
+
+
+def fork_server(modules: list[str]) -> ForkServerContext:
+    """Returns how to start processes that have imported `modules` already; SIGTERM is blocked in them."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.data"])
+    context.set_forkserver_preload(modules)
+    resource_tracker.ensure_running()  # or starting the server would do it, which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def heed_only_the_trainer(worker: int) -> None:
+    """Lets a worker process end by a SIGTERM of the trainer and of nobody else; SIGTERM has to be blocked in it.
+
+    To stop a run, the signal is sent to its whole process group; then the trainer needs what it has asked its workers
+    for, to end the step and save.
+    """
+    trainer = parent_process()
+    assert trainer is not None
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def shutdown_distributed() -> None:

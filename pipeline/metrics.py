@@ -11,6 +11,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.console import UsageError
 from data_prep.files import write_whole
 from pipeline.config import LogConfig
 from pipeline.schedule import BatchCounts
@@ -85,6 +87,18 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def check_log(config: LogConfig) -> None:
+    """Makes sure that a run can report as configured.
+
+    Raises:
+        UsageError: A package that it needs is not installed.
+    """
+    if config.wandb_project is not None and find_spec("wandb") is None:
+        raise UsageError(
+            f"log.wandb_project={config.wandb_project} needs the package wandb; install it, or leave the setting out"
+        )
 
 
 class MetricsLog:
@@ -156,16 +170,8 @@ def start_wandb(project: str, run_dir: Path) -> Any:
     """Returns a run of Weights & Biases that goes on where an earlier one of the same folder ended.
 
     It keeps the first value of a step that a killed run takes again.
-
-    Raises:
-        ValueError: The package is not installed.
     """
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise ValueError(
-            f"log.wandb_project={project} needs the package wandb; install it, or leave log.wandb_project out"
-        ) from None
+    wandb = importlib.import_module("wandb")
     kept = run_dir / "wandb-id"
     if not kept.is_file():
         write_whole(kept, uuid.uuid4().hex[:12].encode())

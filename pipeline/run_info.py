@@ -6,7 +6,7 @@ refuses and says what differs; how the model is divided, and over how many proce
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from pipeline.config import PROJECTOR_WORDS, RunConfig
 from pipeline.lengths import tokenizer_fingerprint
 
 MIB = 1 << 20
-ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
 
 PRECISION = {"fp32": {"precision"}, "bf16": {"precision"}, "fp8": {"precision", "fp8_recipe", "bf16_edge_layers"}}
 
@@ -80,27 +79,14 @@ def base_fingerprint(base: Path) -> str:
     return digest.hexdigest()
 
 
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, newest first."""
+    return sorted(run_dir.glob("checkpoints/step-????????"), reverse=True)
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a run, or None."""
-    return max(run_dir.glob("checkpoints/step-????????"), default=None)
-
-
-def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:
-    """Returns the checkpoint a run goes on from: `auto` the newest if there is one, `previous` the one before it.
-
-    Once a newer one is set aside, `previous` means the newest of the others, so that the same command may be given
-    again.
-
-    Raises:
-        ValueError: There is no previous one.
-    """
-    found = sorted(run_dir.glob("checkpoints/step-????????"), reverse=True)
-    aside = sorted(run_dir.glob(f"checkpoints/step-????????{ASIDE}"), reverse=True)
-    if resume == "auto" or (found and aside and aside[0].name > found[0].name):
-        return found[0] if found else None
-    if len(found) < 2:
-        raise ValueError(f"checkpoint.resume=previous: {run_dir} has {len(found)} checkpoints; use another run_dir")
-    return found[1]
+    """Returns the newest checkpoint of a run, or None."""
+    return next(iter(checkpoints_of(run_dir)), None)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -151,12 +137,16 @@ def check_run(checkpoint: Path, info: dict[str, Any], run: RunInfo) -> None:
     Raises:
         ValueError: It does not; the message says what differs.
     """
-    differing = [
-        f"{field.name} was {info['run'].get(field.name)!r}, is {getattr(run, field.name)!r}"
-        for field in fields(run)
-        if info["run"].get(field.name) != getattr(run, field.name)
-    ]
+    was, now = (_flat(each) for each in (info["run"], asdict(run)))
+    differing = [f"{name} was {was.get(name)!r}, is {value!r}" for name, value in now.items() if was.get(name) != value]
     if differing:
         raise ValueError(
             f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Use the same settings, or another run_dir"
         )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts with what is inside of one as `section.key`."""
+    sections = {name: value for name, value in facts.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": item for name, section in sections.items() for key, item in section.items()}
+    return {name: value for name, value in facts.items() if name not in sections} | inner

@@ -20,7 +20,7 @@ from pipeline.state import TrainState
 def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> StepMetrics:
     """Runs one optimizer step over a global batch and returns what it measured.
 
-    Once any process has been told to stop, `state.is_stopping` is set on all.
+    Once any process has been asked to stop, `state.is_stopping` is set on all.
 
     Raises:
         ValueError: no sample has a target, or the loss or the gradient norm is not finite; the last checkpoint is
@@ -110,7 +110,7 @@ def sum_over_replicas(sums: list[Tensor], state: TrainState) -> tuple[float, boo
 
     Only last stages bring losses, the same ones on all their tensor-parallel ranks.
     """
-    values = torch.tensor([0.0, state.stop.has_come], dtype=torch.float64, device=state.device)
+    values = torch.tensor([0.0, state.stop.has_come()], dtype=torch.float64, device=state.device)
     if sums and state.groups.tp.rank() == 0:
         values[0] = torch.stack(sums).sum()
     torch.distributed.all_reduce(values)

@@ -8,23 +8,25 @@ The same command continues an interrupted run from its last checkpoint. `train()
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 
 from data_prep.console import run
+from data_prep.files import locked
 from data_prep.output import code_version
-from pipeline.checkpoint import CheckpointWriter, restore_checkpoint, set_aside_newer, sharded_state
-from pipeline.config import RunConfig, load_config, to_yaml
+from pipeline.checkpoint import choose_checkpoint, restore_checkpoint, set_aside_newer, sharded_state
+from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.config import RunConfig, load_config, to_yaml, with_resume
 from pipeline.data import GlobalBatch
-from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.metrics import MetricsLog
-from pipeline.run_info import checkpoint_to_resume
+from pipeline.distributed import computed_once, initialize_distributed, shutdown_distributed
+from pipeline.metrics import MetricsLog, check_log
 from pipeline.state import TrainState, build
 from pipeline.step import train_step
-from pipeline.stop import STATUS
+from pipeline.stop import STATUS, check_no_stop_file
 
 FEW_STEPS = 5  # what is hardly a training run
 
@@ -34,11 +36,23 @@ def train(config: RunConfig) -> None:
 
     Raises:
         ValueError: the base, the shards or a checkpoint do not fit the configuration, or the loss is not finite.
+        SystemExit: it was asked to stop, and has saved; the status is that of a process which SIGTERM ended.
     """
     device = initialize_distributed(config.parallel)
+    computed_once(lambda: check_start(config))
     state = build(config, device)
-    restore(state)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with owned(config.run_dir):
+        restore(state)
+        run_steps(state)
+    torch.distributed.barrier()  # a launcher that sees one process end with a status ends the others at once
+    shutdown_distributed()
+    if state.step < state.source.num_steps:
+        raise SystemExit(STATUS)
+
+
+def run_steps(state: TrainState) -> None:
+    """Fetches, steps, logs and saves until the run is at its end or somebody asks it to stop."""
+    config = state.config
     with (
         MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank()) as log,
         state.stop,
@@ -54,20 +68,41 @@ def train(config: RunConfig) -> None:
                 writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
             if state.is_stopping:
                 break
-    shutdown_distributed()
-    if state.is_stopping and state.step < state.source.num_steps:
-        log.say(f"stopped by SIGTERM after step {state.step}; the same command goes on from there")
-        raise SystemExit(STATUS)
+        if state.step < state.source.num_steps:
+            first = f"remove {state.stop.file}, then " if state.stop.by_file() else ""
+            log.say(f"stopped after step {state.step}, as asked; {first}the same command goes on from there")
+
+
+@contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Creates a run folder and keeps other runs out of it while the block runs.
+
+    Raises:
+        ValueError: Another run is in it.
+    """
+    with ExitStack() as held:
+        computed_once(lambda: held.enter_context(locked(run_dir)))
+        yield
+
+
+def check_start(config: RunConfig) -> None:
+    """Makes sure, before anything takes time, that a run can report and that nobody wants it stopped.
+
+    Raises:
+        ValueError: It cannot, or somebody does.
+    """
+    check_log(config.log)
+    check_no_stop_file(config.run_dir)
 
 
 def restore(state: TrainState) -> None:
     """Takes up the run where its checkpoints say, if it has any.
 
     Raises:
-        ValueError: The checkpoint is damaged or of another run, or there is none before it.
+        ValueError: The checkpoint is damaged or of another run.
     """
     config = state.config
-    checkpoint = checkpoint_to_resume(config.run_dir, config.checkpoint.resume)
+    checkpoint = choose_checkpoint(config.run_dir, config.checkpoint.resume)
     if checkpoint is None:
         return
     state.step = restore_checkpoint(checkpoint, state.run, state.stages, state.optimizer, state.groups)
@@ -132,10 +167,11 @@ def _is_first_rank() -> bool:
 def main(
     config: Annotated[Path, typer.Option(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
+    resume: Annotated[Literal["auto", "previous"] | None, typer.Option(help="short for checkpoint.resume=...")] = None,
     print_config: Annotated[bool, typer.Option(help="print the resolved configuration and exit")] = False,
 ) -> None:
     """Trains one stage of SAISA."""
-    resolved = load_config(config, overrides or [])
+    resolved = load_config(config, with_resume(overrides, resume))
     if print_config:
         sys.stdout.write(to_yaml(resolved))
         return

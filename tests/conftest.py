@@ -1,10 +1,11 @@
 """Fixtures every test may use. Real input is read from `SAISA_REALDATA` and is never part of the repository."""
 
+import gc
+import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only wait for one another
-if "SAISA_TEST_GPU" not in os.environ:  # set by `make test-gpu`; all others compare with the CPU, on any machine
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+importlib.import_module("tests.no_gpu")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from pipeline.distributed import initialize_distributed, shutdown_distributed
 
 pytest_plugins = ["tests.world", "tests.shard_sets", "tests.s3_server"]
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays; without this, every checkpoint looks through all of it for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

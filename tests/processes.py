@@ -1,18 +1,29 @@
 """Several processes that form one process group, started in a fraction of a second each.
 
-They fork from a server that has imported the trainer, where torchrun would import it in every process.
+They fork from a server that has imported the trainer, where torchrun would import it in every process. As with
+torchrun, the one that starts them holds the store at which they meet, on a port that the kernel picks.
 """
 
+import gc
 import os
-import socket
+import subprocess
+import time
 import traceback
-from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from pipeline.distributed import fork_server
+
 TIMEOUT_SECONDS = 240
+POLL_SECONDS = 0.02
+GRACE_SECONDS = 5  # for the others to fail too, once one has
 
 
 def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -21,51 +32,89 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
     Raises:
         RuntimeError: A process failed; with its traceback.
     """
-    context, port, running = fork_server(), free_port(), []
-    for rank in range(num_processes):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_enter, args=(theirs, rank, num_processes, port, function, args), daemon=True)
-        process.start()
-        theirs.close()
-        running.append((process, ours))
-    answers = [_answer(ours) for _, ours in running]  # all of them: one that failed takes the others along
-    for process, _ in running:
-        process.kill()
-        process.join()
-    if failures := [f"process {rank} of {num_processes}: {why}" for rank, (why, _) in enumerate(answers) if why]:
-        raise RuntimeError("\n".join(failures))
-    return [value for _, value in answers]
-
-
-def fork_server() -> ForkServerContext:
-    """Returns what starts processes that have imported the trainer already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train", "tests.world"])
-    return context
-
-
-def _answer(pipe: Connection) -> tuple[str | None, Any]:
-    if not pipe.poll(TIMEOUT_SECONDS):
-        return f"said nothing for {TIMEOUT_SECONDS} seconds", None
+    context, store = with_trainer(), new_store()
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
     try:
-        return pipe.recv()
-    except EOFError:
-        return "died", None
+        for rank in range(num_processes):
+            ours, theirs = context.Pipe(duplex=False)
+            variables = meeting_place(store, rank, num_processes)
+            process = context.Process(target=_enter, args=(theirs, variables, function, args))
+            process.start()
+            processes.append(process)
+            theirs.close()
+            pipes.append(ours)
+        answers = _answers(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    silent = f"said nothing for {TIMEOUT_SECONDS} seconds, or when another had failed"
+    failures = {rank: answers[pipe][0] if pipe in answers else silent for rank, pipe in enumerate(pipes)}
+    if any(failures.values()):
+        raise RuntimeError(
+            "\n".join(f"process {rank} of {num_processes}: {why}" for rank, why in failures.items() if why)
+        )
+    return [answers[pipe][1] for pipe in pipes]
 
 
-def _enter(
-    answer: Connection, rank: int, num_processes: int, port: int, function: Callable[..., Any], args: tuple
-) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def with_trainer() -> ForkServerContext:
+    """Returns what starts processes that have imported the trainer already."""
+    return fork_server(["tests.no_gpu", "pipeline.train", "tests.world"])
+
+
+def new_store() -> TCPStore:
+    """Returns a store at which processes can meet, for as long as it is kept."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def meeting_place(store: TCPStore, rank: int, num_processes: int) -> dict[str, str]:
+    """Returns the variables by which torchrun tells a process who it is and where the others are."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _answers(pipes: list[Connection]) -> dict[Connection, tuple[str | None, Any]]:
+    """Returns the failure or the value that each process tells, without those that tell nothing in time."""
+    answers: dict[Connection, tuple[str | None, Any]] = {}
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while open_pipes := [pipe for pipe in pipes if pipe not in answers]:
+        for pipe in (told := wait(open_pipes, max(0.0, deadline - time.monotonic()))):
+            assert isinstance(pipe, Connection)
+            try:
+                answers[pipe] = pipe.recv()
+            except EOFError:
+                answers[pipe] = "died", None
+            if answers[pipe][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if not told:
+            break
+    return answers
+
+
+def _enter(answer: Connection, variables: Mapping[str, str], function: Callable[..., Any], args: tuple) -> None:
+    os.environ |= variables
+    gc.freeze()  # what is imported stays; without this, every checkpoint looks through all of it for garbage
     try:
         answer.send((None, function(*args)))
     except BaseException:
         answer.send((traceback.format_exc(), None))
 
 
-def free_port() -> int:
-    """Returns a port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def wait_for_steps(run: subprocess.Popen[bytes], run_dir: Path, number: int, said: Path) -> None:
+    """Returns once a training run that was started as a command has finished so many steps.
+
+    Raises:
+        AssertionError: It ended before, or is too slow; with what it said, which stands in a file.
+    """
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
+    while not metrics.is_file() or metrics.read_text().count("\n") < number:
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(POLL_SECONDS)
+        assert run.poll() is None and time.monotonic() < deadline, said.read_text()

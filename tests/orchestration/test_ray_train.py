@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,19 +11,36 @@ from data_prep.console import UsageError
 from orchestration.ray_train import main
 from pipeline.config import resolve_paths
 from pipeline.metrics import read_metrics
+from pipeline.run_info import find_checkpoint
+from tests.processes import wait_for_steps
 from tests.world import CONFIGS
+
+
+def two_workers(overrides: list[str], said: Path) -> subprocess.Popen[bytes]:
+    driver = [sys.executable, "-m", "orchestration.ray_train", "--config", str(CONFIGS / "demo-stage1.yaml")]
+    command = [*driver, "--num-workers", "2", "--cpus-per-worker", "0.5", *overrides]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    with said.open("w") as file:
+        return subprocess.Popen(command, cwd=CONFIGS.parent, env=environment, stdout=file, stderr=file)
 
 
 @pytest.mark.slow
 def test_two_ray_workers_give_the_losses_of_one_process(world, stage1, tmp_path):
     overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
-    driver = [sys.executable, "-m", "orchestration.ray_train", "--config", str(CONFIGS / "demo-stage1.yaml")]
-    command = [*driver, "--num-workers", "2", "--cpus-per-worker", "0.5", *overrides]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run = two_workers(overrides, tmp_path / "said")
+    assert run.wait() == 0, (tmp_path / "said").read_text()
     losses, expected = ([step["loss"] for step in read_metrics(run)] for run in (tmp_path, stage1.run_dir))
     assert losses == pytest.approx(expected, rel=5e-5)  # fp32 sums over two ranks in another order
+
+
+@pytest.mark.slow
+def test_a_file_stops_ray_workers_and_ray_does_not_start_them_again(world, tmp_path):
+    endless = {"train.max_steps": 9000, "train.num_epochs": 9000, "checkpoint.save_every_steps": 9000}
+    run = two_workers(world.overrides(tmp_path, **endless), tmp_path / "said")
+    wait_for_steps(run, tmp_path, 1, tmp_path / "said")
+    (tmp_path / "stop").touch()
+    assert run.wait() == 143, (tmp_path / "said").read_text()
+    assert find_checkpoint(tmp_path).name == f"step-{read_metrics(tmp_path)[-1]['step']:08d}"
 
 
 def test_relative_paths_mean_the_root(world, stage1, tmp_path):

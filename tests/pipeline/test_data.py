@@ -1,8 +1,11 @@
 """Global batches: the same samples however many ranks, every image decoded once, nothing skipped in silence."""
 
+import subprocess
 from collections import Counter
 from dataclasses import replace
+from multiprocessing import active_children
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -112,6 +115,24 @@ def test_an_error_in_a_worker_process_ends_the_run(stage2):
     broken.schedule.table.values[:, 0] += 1
     with pytest.raises(ValueError, match="length table"):
         list(broken.batches(0))
+
+
+def test_readers_outlive_the_sigterm_of_their_group(stage2):
+    batches = source(with_data(stage2, num_workers=2, prefetch_steps=1)).batches(0)
+    assert next(batches).step == 0
+    readers = [each for each in psutil.Process().children(recursive=True) if "forkserver" in " ".join(each.cmdline())]
+    assert len(readers) >= 3  # and the server they are forked from
+    subprocess.run(["kill", *(str(each.pid) for each in readers)], check=True)
+    assert [batch.step for batch in batches] == [1, 2, 3, 4, 5]
+
+
+def test_readers_end_with_a_trainer_that_does_not_wait_for_them(stage2):
+    batches = source(with_data(stage2, num_workers=1, prefetch_steps=1)).batches(0)
+    next(batches)
+    (reader,) = active_children()
+    reader.terminate()
+    reader.join(60)
+    assert not reader.is_alive()
 
 
 def test_a_mixture_repeats_and_halves_its_sources(stage2, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline import checkpoint
+from pipeline import checkpoint_writer
 from pipeline.config import RunConfig
 from pipeline.distributed import shutdown_distributed
 from pipeline.train import train
@@ -29,7 +29,7 @@ def test_a_kill_leaves_no_half_of_an_old_checkpoint_under_its_name(stage2, tmp_p
             file.unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", removes_half)
+    monkeypatch.setattr(checkpoint_writer.shutil, "rmtree", removes_half)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     shutdown_distributed()

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import LogConfig
 from pipeline.data import BatchCounts
-from pipeline.metrics import MetricsLog, StepMetrics, read_metrics
+from pipeline.metrics import MetricsLog, StepMetrics, check_log, read_metrics
 
 
 def metrics(step: int, loss: float) -> StepMetrics:
@@ -47,10 +47,11 @@ def test_rates_are_per_process_and_second():
     assert "mfu" not in metrics(1, 1.0).values()
 
 
-def test_weights_and_biases_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_weights_and_biases_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    check_log(LogConfig())
     with pytest.raises(ValueError, match="log.wandb_project=x needs the package wandb"):
-        MetricsLog(tmp_path, LogConfig(wandb_project="x"), first_step=0, num_steps=1, is_first_rank=True)
+        check_log(LogConfig(wandb_project="x"))
 
 
 def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):

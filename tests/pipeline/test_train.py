@@ -6,22 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from traceback import StackSummary
+from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.console import run
+from data_prep.files import locked
 from model.weights import SHARED, read_safetensors
 from pipeline import step as step_module
 from pipeline import train as training
-from pipeline.checkpoint import load_trained_parameters, set_aside_newer
+from pipeline.checkpoint import load_trained_parameters
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.metrics import read_metrics
-from pipeline.run_info import checkpoint_to_resume, find_checkpoint, latest_checkpoint
+from pipeline.run_info import find_checkpoint, latest_checkpoint
 from pipeline.state import build
 from pipeline.train import train
+from tests.processes import wait_for_steps
 from tests.world import CONFIGS
 
 
@@ -118,7 +119,7 @@ def test_a_damaged_checkpoint_is_named(stage2, tmp_path):
 def test_a_flipped_byte_of_a_checkpoint_is_noticed(stage2, tmp_path, byte):
     shutil.copytree(stage2.run_dir, tmp_path / "run")
     config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
-    (file,) = find_checkpoint(config.run_dir).glob("*.distcp")
+    file = max(find_checkpoint(config.run_dir).glob("*.distcp"), key=lambda file: file.stat().st_size)
     data = bytearray(file.read_bytes())
     data[int(len(data) * byte)] ^= 0x10
     file.write_bytes(data)
@@ -127,32 +128,37 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(stage2, tmp_path, byte):
     shutdown_distributed()
 
 
-def test_previous_is_the_same_checkpoint_until_a_newer_one_is_saved(tmp_path):
-    folder = tmp_path / "checkpoints"
-    for name in ("step-00000002", "step-00000004", "step-00000006"):
-        (folder / name).mkdir(parents=True)
-    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
-    set_aside_newer(folder / "step-00000004")
-    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
-    (folder / "step-00000008").mkdir()
-    assert checkpoint_to_resume(tmp_path, "previous") == folder / "step-00000004"
-    assert checkpoint_to_resume(tmp_path, "auto") == folder / "step-00000008"
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_line(stage2, tmp_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise CheckpointException("save", {0: (OSError("no space left on device"), StackSummary())})
-
-    monkeypatch.setattr("pipeline.checkpoint.dist_checkpointing.save", full_disk)
-    with pytest.raises(OSError, match="could not be written; the one before it is whole: .*no space left"):
-        train(stage2.model_copy(update={"run_dir": tmp_path}))
+def test_previous_goes_back_as_far_as_there_is_damage_and_no_further(stage2, tmp_path):
+    shutil.copytree(stage2.run_dir, tmp_path / "run")
+    previous = stage2.checkpoint.model_copy(update={"resume": "previous"})
+    config = stage2.model_copy(update={"run_dir": tmp_path / "run", "checkpoint": previous})
+    folder, before = config.run_dir / "checkpoints", (stage2.run_dir / "metrics.jsonl").read_text()
+    train(config)  # nothing is damaged: the run is finished
+    assert (config.run_dir / "metrics.jsonl").read_text() == before
+    (folder / "step-00000006/info.json").write_text("{")
+    next((folder / "step-00000004").glob("*.distcp")).unlink()
+    train(config)
+    assert losses(config.run_dir) == losses(stage2.run_dir)
+    names = ["step-00000002", "step-00000004", "step-00000004.set-aside", "step-00000006", "step-00000006.set-aside"]
+    assert sorted(os.listdir(folder)) == names
+    for checkpoint in folder.glob("step-????????"):
+        (checkpoint / "integrity.json").unlink()
+    with pytest.raises(ValueError, match="step-00000002: damaged .integrity.json.; there is none before it;"):
+        train(config)
     shutdown_distributed()
 
 
-def test_previous_needs_a_previous_checkpoint(stage1):
-    settings = stage1.checkpoint.model_copy(update={"resume": "previous"})
-    with pytest.raises(ValueError, match="has 1 checkpoints"):
-        train(stage1.model_copy(update={"checkpoint": settings}))
+def test_two_runs_do_not_share_a_folder(stage2, tmp_path):
+    config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
+    with locked(config.run_dir), pytest.raises(ValueError, match=f"another run is writing to {config.run_dir}; wait"):
+        train(config)
+    shutdown_distributed()
+
+
+def test_what_differs_is_named_and_nothing_else(stage2):
+    changes = {"optim": stage2.optim.model_copy(update={"weight_decay": 0.5})}
+    with pytest.raises(ValueError, match="another run: optim.weight_decay was 0.0, is 0.5. Use the same settings"):
+        train(stage2.model_copy(update=changes))
     shutdown_distributed()
 
 
@@ -171,6 +177,30 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(stage2, tmp_pa
     assert stopped.value.code == 143
     assert find_checkpoint(config.run_dir).name == "step-00000003"
     monkeypatch.setattr(step_module, "forward_step", real_forward)
+    train(config)
+    assert losses(config.run_dir) == losses(stage2.run_dir)
+
+
+def test_a_file_stops_a_run_for_as_long_as_it_is_there(stage2, tmp_path, monkeypatch, capsys):
+    config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
+    stop, real_step = config.run_dir / "stop", training.train_step
+
+    def is_told_to_stop(state, batch, *rest):
+        if batch.step == 2:
+            stop.touch()
+        return real_step(state, batch, *rest)
+
+    monkeypatch.setattr(training, "train_step", is_told_to_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 143
+    assert find_checkpoint(config.run_dir).name == "step-00000003"
+    assert f"stopped after step 3, as asked; remove {stop}, then the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(training, "train_step", real_step)
+    with pytest.raises(ValueError, match=f"{stop} is there, which stops this run; remove it to go on"):
+        train(config)
+    shutdown_distributed()
+    stop.unlink()
     train(config)
     assert losses(config.run_dir) == losses(stage2.run_dir)
 
@@ -239,19 +269,40 @@ def test_a_base_that_is_not_the_model_of_the_run_is_refused(world, tmp_path):
     shutdown_distributed()
 
 
-def run_two_processes(recipe: str, overrides: list[str]) -> None:
+def under_torchrun(recipe: str, overrides: list[str], said: Path) -> subprocess.Popen[bytes]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "pipeline.train", "--config", str(CONFIGS / f"{recipe}.yaml"), *overrides]
-    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with said.open("w") as file:
+        return subprocess.Popen(command, cwd=CONFIGS.parent, stdout=file, stderr=file)
 
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_give_the_losses_of_one(world, stage1, tmp_path):
-    run_two_processes("demo-stage1", world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate}))
+    overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
+    run = under_torchrun("demo-stage1", overrides, tmp_path / "said")
+    assert run.wait() == 0, (tmp_path / "said").read_text()
     # fp32 sums over two ranks in another order; steps of Adam amplify it. Worst seen over 6 steps: 5e-6 relative.
     assert losses(tmp_path) == pytest.approx(losses(stage1.run_dir), rel=5e-5)
     assert read_metrics(tmp_path)[0]["num_targets"] == read_metrics(stage1.run_dir)[0]["num_targets"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_under_torchrun_stops_as_a_whole_and_goes_on(world, tmp_path, num_workers):
+    """As Slurm stops a job: it signals torchrun, which signals the process groups of all ranks, readers included."""
+    endless = {"train.max_steps": 9000, "train.num_epochs": 9000, "checkpoint.save_every_steps": 9000}
+    command = ("demo-stage1", world.overrides(tmp_path, **endless, **{"data.num_workers": num_workers}))
+    stopped = 0
+    for said in (tmp_path / "first", tmp_path / "second"):
+        run = under_torchrun(*command, said)
+        wait_for_steps(run, tmp_path, stopped + 1, said)
+        run.terminate()
+        assert run.wait() == 1, said.read_text()
+        assert f"from step {stopped}; run folder" in said.read_text()
+        steps = [step["step"] for step in read_metrics(tmp_path)]
+        stopped = len(steps)
+        assert steps == [*range(1, stopped + 1)]
+        assert find_checkpoint(tmp_path).name == f"step-{stopped:08d}"
 
 
 def test_the_command_line_ends_with_2_for_a_wrong_setting(monkeypatch, capsys):
@@ -261,6 +312,15 @@ def test_the_command_line_ends_with_2_for_a_wrong_setting(monkeypatch, capsys):
     assert ended.value.code == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert "did you mean 'train'?" in told
+
+
+@pytest.mark.parametrize(("options", "said"), [([], "auto"), (["--resume", "previous"], "previous")])
+def test_resume_is_an_option_too(options, said, monkeypatch, capsys):
+    command = ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), *options, "--print-config"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        run(training.main)
+    assert ended.value.code == 0 and f"\n  resume: {said}\n" in capsys.readouterr().out
 
 
 def load_trained(config) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.metrics import read_metrics
 from pipeline.run_info import latest_checkpoint, read_info
 from pipeline.train import train
-from tests.processes import fork_server, free_port
+from tests.processes import meeting_place, new_store, with_trainer
 from tests.world import DEEP_SIZES, World, build_world
 
 TIMEOUT_SECONDS, POLL_SECONDS = 240, 0.0005
@@ -212,9 +212,10 @@ class Run:
 @contextmanager
 def running(num_processes: int, config: RunConfig) -> Iterator[Run]:
     """Yields a run that has just been started; it ends with the block."""
-    context, said = fork_server(), config.run_dir.with_suffix(".out")
+    context, store, said = with_trainer(), new_store(), config.run_dir.with_suffix(".out")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=lead_group, args=(theirs, num_processes, free_port(), config, said))
+    ranks = [meeting_place(store, rank, num_processes) for rank in range(num_processes)]
+    process = context.Process(target=lead_group, args=(theirs, ranks, config, said))
     process.start()
     theirs.close()
     run = Run(process, ours, said)
@@ -232,23 +233,22 @@ def run_undisturbed(num_processes: int, config: RunConfig) -> float:
     return time.monotonic() - started
 
 
-def lead_group(alive: Connection, num_processes: int, port: int, config: RunConfig, said: Path) -> None:
+def lead_group(alive: Connection, ranks: list[dict[str, str]], config: RunConfig, said: Path) -> None:
     """Does what torchrun would: starts the ranks, and fails when one of them does."""
     os.setsid()
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [get_context("fork").Process(target=train_rank, args=(rank, config)) for rank in range(num_processes)]
-    for process in ranks:
+    processes = [get_context("fork").Process(target=train_rank, args=(variables, config)) for variables in ranks]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join()
 
 
-def train_rank(rank: int, config: RunConfig) -> None:
+def train_rank(variables: dict[str, str], config: RunConfig) -> None:
     """Trains; an error ends the other ranks too, which would wait for this one."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= variables
     try:
         train(config)
     except BaseException:
