@@ -6,15 +6,18 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
 export PYTHONWARNINGS := ignore::UserWarning,ignore::DeprecationWarning,ignore::FutureWarning,ignore::SyntaxWarning
+# Images often forbid Python to keep what it compiles; then every process compiles thousands of modules, for 15 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 UV_VERSION := 0.13.8
 
 # $(call need,A B): stops with one line if a variable that the target needs is not given.
 need = $(foreach name,$(1),$(if $($(name)),,$(error $(name)= is missing; `make help` shows what $@ takes)))
 
 help: ## list the targets
+	@echo 'ARGS="..." adds options to what a target runs; `python -m <module> --help` lists them.'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 20
 
-setup: .venv/.ready ## build .venv from requirements.lock (every other target does this by itself, once)
+setup: .venv/.ready ## build .venv from requirements.lock (what needs it does this by itself, once)
 
 .venv/.ready: requirements.lock
 	@python=$$(command -v python3.12 || command -v python3); \
@@ -53,7 +56,7 @@ shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS
 	$(call need,DATA IMAGES OUT)
 	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach place,$(IMAGES),--images $(place)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
-verify: setup ## OUT=dir-or-url: re-read every byte of a shard directory and name what is damaged
+verify: setup ## OUT=dir-or-url [WORKERS=n]: re-read every byte of a shard directory and name what is damaged
 	$(call need,OUT)
 	$(PYTHON) -m data_prep.verify $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
@@ -75,9 +78,11 @@ tiny-base: setup ## DATA=x.json OUT=dir [TOKENIZER=dir]: a tiny random base, to 
 
 NPROC ?= 1
 TORCHRUN = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+# With several processes the configuration is looked at first, so that an error in it is one line and not one a process.
 train: setup ## CONFIG=x.yaml [NPROC=2] [ARGS="a.b=c"]: one stage, under torchrun if NPROC > 1
 	$(call need,CONFIG)
-	@$(PYTHON) -m pipeline.train --config $(CONFIG) $(ARGS) --print-config > /dev/null
+	@[[ "$(NPROC)" =~ ^[1-9][0-9]*$$ ]] || { echo "error: NPROC=$(NPROC) must be a number of processes" >&2; exit 1; }
+	@$(if $(TORCHRUN),$(PYTHON) -m pipeline.train --config $(CONFIG) $(ARGS) --print-config > /dev/null)
 	$(PYTHON) $(TORCHRUN) -m pipeline.train --config $(CONFIG) $(ARGS)
 
 # Code travels with the job; relative paths in the configuration mean this folder, which every node must see.

@@ -3,18 +3,18 @@
 import json
 
 from data_prep.plan import Settings
-from data_prep.shards import make_shards
 from orchestration.tiny_base import build_tiny_base
 from pipeline.config import load_config
 from pipeline.metrics import read_metrics
 from pipeline.train import train
+from tests.shard_sets import shard_here
 from tests.world import CONFIGS
 
 
 def test_photos_and_the_mistral_tokenizer_train_in_both_stages(realdata, tmp_path):
     photos = realdata / "coco_photos"
     for name in ("pretrain", "instruct"):
-        make_shards(photos / f"llava_{name}.json", photos / "images", tmp_path / name, Settings(), workers=1)
+        shard_here(photos / f"llava_{name}.json", photos / "images", tmp_path / name, Settings())
     config = build_tiny_base([], tmp_path / "base", tokenizer=realdata / "tokenizers/mistral_v1_hf")
     assert config.vocab_size == 32000
     same = [
