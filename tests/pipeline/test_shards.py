@@ -6,7 +6,6 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -120,7 +119,8 @@ def test_workers_read_what_one_process_reads(shard_folder, tmp_path):
     samples = Samples(shards)
     samples[5]  # opens a file and starts threads, which workers must not take for theirs
     numbers = Random(0).sample(range(len(shards)), len(shards))
-    loader = DataLoader(samples, batch_size=None, sampler=numbers, num_workers=2, timeout=60)
+    workers = {"num_workers": 2, "timeout": 60, "multiprocessing_context": worker_context()}
+    loader = DataLoader(samples, batch_size=None, sampler=numbers, **workers)
     expected = everything(ShardSet(shard_folder))
     assert list(loader) == [expected[number] for number in numbers]
 
@@ -209,8 +209,8 @@ def test_processes_share_a_cache(shard_folder, tmp_path):
     """Two processes with room for two shards between them, each evicting what the other reads."""
     limit = 2 * max(tar.stat().st_size for tar in shard_folder.glob("*.tar"))
     arguments = (f"file://{shard_folder}", tmp_path, limit)
-    expected, fork = everything(ShardSet(shard_folder)), get_context("fork")
-    readers = [fork.Process(target=_read_all, args=(*arguments, seed, expected)) for seed in range(2)]
+    expected, context = everything(ShardSet(shard_folder)), worker_context()
+    readers = [context.Process(target=_read_all, args=(*arguments, seed, expected)) for seed in range(2)]
     for reader in readers:
         reader.start()
     for reader in readers:
@@ -232,7 +232,6 @@ def test_s3_that_fails_now_and_then(shard_folder, tmp_path, s3: Bucket):
     expected = everything(ShardSet(shard_folder))
     assert found == expected[first:second]
     rest = range(second, len(shards))
-    # Not forked from this process, whose threads (the server's too) a fork may catch at any moment
     workers = {"num_workers": 2, "timeout": 60, "multiprocessing_context": worker_context()}
     workers["worker_init_fn"] = partial(adopt, dict(os.environ))  # the fork server may be older than the S3 server
     assert list(DataLoader(Samples(shards), batch_size=None, sampler=rest, **workers)) == expected[second:]

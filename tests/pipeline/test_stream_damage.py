@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from shutil import copytree
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import pipeline.tar_reader
 import pipeline.tar_stream
+from pipeline.distributed import worker_context
 from pipeline.shards import ShardSet
 from pipeline.tar_reader import DamagedShard
 from tests.s3_server import Bucket
@@ -35,9 +37,8 @@ def read_all(shards: ShardSet, num_workers: int = 0) -> list[dict[str, bytes]]:
     shards.stream.download_retry = 1  # these tests need not wait for better times
     if not num_workers:
         return [shards.members(number) for number in range(len(shards))]
-    loader = DataLoader(
-        Samples(shards), batch_size=None, sampler=range(len(shards)), num_workers=num_workers, timeout=60
-    )
+    workers = {"num_workers": num_workers, "timeout": 60, "multiprocessing_context": worker_context()}
+    loader = DataLoader(Samples(shards), batch_size=None, sampler=range(len(shards)), **workers)
     iterator: Any = iter(loader)
     try:
         return list(iterator)
@@ -214,14 +215,14 @@ def test_a_store_that_cannot_be_reached(shard_folder, tmp_path, s3: Bucket, monk
         read_all(shards)
 
 
-def _reader_that_never_ends(place: str, cache: Path, started: int) -> None:
-    """Two processes that hang in the middle of a download; what they have mapped goes to the pipe `started`."""
+def _reader_that_never_ends(place: str, cache: Path, started: Connection) -> None:
+    """Two processes that hang in the middle of a download, of which each tells `started`."""
     os.setsid()
     child = os.fork()
 
     def download(self, remote: str, local: str, timeout: float) -> None:
         Path(f"{local}.tmp").write_bytes(Path(remote).read_bytes()[:10_000])
-        os.write(started, b".")
+        started.send_bytes(b".")
         signal.pause()
 
     shards = ShardSet(place, cache)
@@ -231,20 +232,15 @@ def _reader_that_never_ends(place: str, cache: Path, started: int) -> None:
 
 
 def test_a_killed_process_group_leaves_nothing_that_matters(remote, expected):
-    started, told = os.pipe()
-    cache = remote.parent / "cache"
-    leader = os.fork()
-    if not leader:
-        try:
-            _reader_that_never_ends(f"file://{remote}", cache, told)
-        finally:
-            os._exit(1)
-    assert os.read(started, 1) + os.read(started, 1) == b".."
-    maps = [Path(f"/proc/{pid}/maps").read_text().splitlines() for pid in (os.getpid(), leader)]
-    shared = [{line.split()[-1] for line in lines if "/dev/shm" in line} for lines in maps]
-    assert shared[1] <= shared[0], "it shares memory, which outlives it"
-    os.killpg(leader, signal.SIGKILL)
-    os.waitpid(leader, 0)
+    context, cache = worker_context(), remote.parent / "cache"
+    started, told = context.Pipe(duplex=False)
+    leader = context.Process(target=_reader_that_never_ends, args=(f"file://{remote}", cache, told))
+    leader.start()
+    assert started.recv_bytes() + started.recv_bytes() == b".." and leader.pid
+    maps = Path(f"/proc/{leader.pid}/maps").read_text()
+    assert "/dev/shm" not in maps, "it shares memory, which outlives it"
+    os.killpg(leader.pid, signal.SIGKILL)
+    leader.join()
     assert len(list(cache.rglob("*.part"))) == 2
     largest = max(path.stat().st_size for path in remote.glob("*.tar"))
     shards = ShardSet(f"file://{remote}", cache, 3 * largest)
