@@ -9,6 +9,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
+from model.attention import check_backend, installed_kernels
 from model.backend import check_fp8, check_machine
 from model.compute import build_transformer_config
 from model.config import differences
@@ -55,6 +56,9 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     check_machine()
     if config.compute.precision == "fp8":
         check_fp8(config.compute.fp8_recipe)
+    if config.compute.attention != "auto":
+        kernels, head_dim = installed_kernels(), config.model.head_dim
+        check_backend(config.compute.attention, device.type, config.compute.dtype, head_dim, kernels)
     found = base_model_config(config.init.base)
     if differing := differences(config.model, found):
         raise ValueError(

@@ -262,6 +262,15 @@ def test_fp8_is_refused_without_a_gpu(world, tmp_path):
     shutdown_distributed()
 
 
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen", "block"])
+def test_attention_that_cannot_run_is_refused_before_the_run_has_a_folder(world, tmp_path, kernel):
+    config = world.config("demo-stage1", tmp_path / "run", compute__attention=kernel)
+    with pytest.raises(ValueError, match=f"compute.attention={kernel} .*, or use compute.attention=auto"):
+        train(config)
+    assert not config.run_dir.exists()
+    shutdown_distributed()
+
+
 def test_a_base_that_is_not_the_model_of_the_run_is_refused(world, tmp_path):
     config = world.config("demo-stage1", tmp_path, model__ffn_hidden_size=40)
     with pytest.raises(ValueError, match="model.ffn_hidden_size=40 but the folder has 48"):
