@@ -190,6 +190,8 @@ def locked(folder: Place) -> Iterator[None]:
                 raise BlockingIOError  # its holder has just removed it, and a third run may hold the next
         except BlockingIOError:
             raise ValueError(f"another run is writing to {folder}; wait for it or stop it") from None
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be locked ({error.strerror}); mount it with flock", str(lock)) from None
         try:
             yield
         finally:

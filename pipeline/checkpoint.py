@@ -27,6 +27,7 @@ from pipeline.run_info import RunInfo, check_run, checkpoints_of, read_info
 
 SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
 ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
+OTHER_VERSION = "perhaps of another version of megatron-core; use that, or another run_dir"
 GO_BACK = "checkpoint.resume=previous goes on from the one before it"
 
 
@@ -66,7 +67,7 @@ def restore_checkpoint(
     # Data-parallel ranks need the same: each reads a part, and they exchange.
     reads = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     state = _load(
-        sharded_state(stages, optimizer, groups, is_loading=True), checkpoint, GO_BACK, sharded_strategy=reads
+        sharded_state(stages, optimizer, groups, is_loading=True), checkpoint, OTHER_VERSION, sharded_strategy=reads
     )
     with fp8_state_trusted():
         for number, stage in enumerate(stages):
@@ -129,6 +130,8 @@ def _damage(checkpoint: Path, why: str, way_out: str) -> ValueError:
 
 def first_cause(error: BaseException) -> str:
     """Returns the first failure that torch gathered from all processes, or the error itself, in one line."""
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    first = next((failure[0] for failure in failures.values()), error)
+    if not isinstance(error, CheckpointException):
+        first: object = error
+    else:  # the process that gathers tells the others no more than that
+        first = next((failure[0] for failure in error.failures.values()), "one of the processes failed, and says why")
     return " ".join(str(first).split())[:300]

@@ -57,8 +57,7 @@ class CheckpointWriter:
         self.calls = AsyncCallsQueue()
 
     def __enter__(self) -> Self:
-        if torch.distributed.get_rank() == 0:
-            self._remove_old()  # a kill may have come before
+        computed_once(self._remove_old)  # a kill may have come before
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -79,24 +78,21 @@ class CheckpointWriter:
         filesystem_async._results_queue, digests = _Letter(), _Letter()
         with self._named_errors():
             computed_once(lambda: part.mkdir(parents=True))
-            request = dist_checkpointing.save(
-                state,
-                str(part),
-                sharded_strategy=TorchDistSaveShardedStrategy(thread_count=FILES_PER_PROCESS),
-                async_sharded_save=self.in_background,
-                async_strategy="mcore",
+            strategy = TorchDistSaveShardedStrategy(thread_count=FILES_PER_PROCESS)
+            request: Any = dist_checkpointing.save(
+                state, str(part), sharded_strategy=strategy, async_sharded_save=True, async_strategy="mcore"
             )
-            if request is None:
-                _hash_part(part, torch.distributed.get_rank(), digests)
-                self._publish(step, part, digests)
-                return
         if request.async_fn is None:  # this process has nothing to write
             digests.put({})
         else:
-            write = partial(_write_part, request.async_fn, os.getpid(), part, torch.distributed.get_rank(), digests)
-            request = request._replace(async_fn=write)
+            write = partial(_write_part, request.async_fn, part, torch.distributed.get_rank(), digests)
+            request = request._replace(async_fn=partial(_as_child, os.getpid(), write) if self.in_background else write)
         request.add_finalize_fn(lambda: self._publish(step, part, digests))
-        self.calls.schedule_async_request(request)
+        if self.in_background:
+            self.calls.schedule_async_request(request)
+            return
+        with self._named_errors():
+            request.execute_sync()
 
     def poll(self, wait: bool = False) -> None:
         """Publishes a checkpoint that is written on every process.
@@ -151,9 +147,15 @@ class CheckpointWriter:
     def _remove_old(self) -> None:
         """Removes all but the last checkpoints, none of them by halves under its final name, and unfinished ones."""
         for part in self.folder.glob("*.part"):
-            shutil.rmtree(part)
+            self._remove(part)
         for old in sorted(self.folder.glob("step-????????"))[: -self.keep_last]:
-            shutil.rmtree(old.rename(old.with_suffix(".part")))
+            self._remove(old.rename(old.with_suffix(".part")))
+
+    def _remove(self, folder: Path) -> None:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # on NFS while another reads it, say
+            self.say(f"{folder} could not be removed; the next save tries again ({error})")
 
 
 class _Letter:
@@ -177,18 +179,24 @@ class _Letter:
             raise queue.Empty from None
 
 
-def _write_part(
-    write: Callable[..., None], parent: int, part: Path, rank: int, digests: _Letter, *args: Any, **options: Any
-) -> None:
-    """Writes and hashes, in a process of its own that does not outlive the trainer.
+def _write_part(write: Callable[..., None], part: Path, rank: int, digests: _Letter, *args: Any) -> None:
+    """Writes and hashes this process's files; a failure goes where the results go, and so to all processes."""
+    results = args[-1]
+    try:
+        write(*args)
+    except Exception as error:  # an assertion about one of its threads, for one
+        results.put(RuntimeError(f"a file could not be written ({error}); is the disk full?"))
+    _hash_part(part, rank, digests)
+
+
+def _as_child(parent: int, function: Callable[..., None], *args: Any) -> None:
+    """Calls a function in a process that does not outlive the one it was forked from.
 
     It would go on writing into a folder that the next start of the run makes anew.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    write(*args, **options)
-    _hash_part(part, rank, digests)
+    if os.getppid() == parent:
+        function(*args)
 
 
 def _hash_part(part: Path, rank: int, digests: _Letter) -> None:

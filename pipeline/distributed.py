@@ -71,16 +71,19 @@ def computed_once[Value](compute: Callable[[], Value]) -> Value:
     """Returns on every rank what the first rank computes; the others wait.
 
     Raises:
-        ValueError, OSError: On every rank, if the first raises one of the kind.
+        ValueError, OSError, RuntimeError: On every rank, if the first raises any error.
     """
     box: list[Any] = [None, None]
+    failure: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
             box[0] = compute()
-        except (ValueError, OSError) as error:
-            kind = next(kind for kind in (UsageError, ValueError, OSError) if isinstance(error, kind))
-            box[1] = kind(str(error))  # not every subclass can be sent
+        except Exception as error:
+            kind = next((kind for kind in (UsageError, ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+            failure, box[1] = error, kind(str(error))  # not every error can be sent
     torch.distributed.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
     if box[1] is not None:
         raise box[1]
     return box[0]
@@ -108,21 +111,27 @@ def fork_server(modules: list[str]) -> ForkServerContext:
     return context
 
 
-def heed_only_the_trainer(worker: int) -> None:
-    """Lets a worker process end by a SIGTERM of the trainer and of nobody else; SIGTERM has to be blocked in it.
+def heed_only_the_trainer(worker: int = 0) -> None:
+    """Lets a process of the fork server end with the trainer, or by its SIGTERM, and by nobody else's.
 
     To stop a run, the signal is sent to its whole process group; then the trainer needs what it has asked its workers
     for, to end the step and save.
     """
     trainer = parent_process()
     assert trainer is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def wait() -> None:
+    def wait_for_signal() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    def wait_for_end() -> None:
+        trainer.join()
+        os._exit(1)
+
+    for wait in (wait_for_signal, wait_for_end):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def shutdown_distributed() -> None:

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer
 
 from data_prep.files import write_whole
-from pipeline.distributed import worker_context
+from pipeline.distributed import heed_only_the_trainer, worker_context
 from pipeline.samples import ENCODING, build_sample
 from pipeline.shards import ShardSet
 from pipeline.templates import ConversationError, Tokenizer
@@ -104,7 +104,7 @@ def _measure_all(shards: ShardSet, encoding: Encoding) -> Iterator[LengthTable]:
     if num_processes < 2:
         yield from map(measure_shard, jobs)
         return
-    with ProcessPoolExecutor(num_processes, worker_context()) as pool:
+    with ProcessPoolExecutor(num_processes, worker_context(), heed_only_the_trainer) as pool:
         yield from pool.map(measure_shard, jobs)
 
 

@@ -106,8 +106,8 @@ def restore(state: TrainState) -> None:
     if checkpoint is None:
         return
     state.step = restore_checkpoint(checkpoint, state.run, state.stages, state.optimizer, state.groups)
-    if _is_first_rank():
-        for folder in set_aside_newer(checkpoint):
+    for folder in computed_once(lambda: set_aside_newer(checkpoint)):
+        if _is_first_rank():
             print(f"renamed to {folder}: this run goes on from {checkpoint.name}", flush=True)
 
 
@@ -126,8 +126,7 @@ def checkpoint_writer(state: TrainState, log: MetricsLog) -> CheckpointWriter:
 
 def introduce(state: TrainState, log: MetricsLog) -> None:
     """Says what is about to happen and stores the resolved configuration in the run folder."""
-    if _is_first_rank():
-        (state.config.run_dir / "config.yaml").write_text(to_yaml(state.config))
+    computed_once(lambda: (state.config.run_dir / "config.yaml").write_text(to_yaml(state.config)))
     parameters = {name: p for stage in state.stages for name, p in stage.named_parameters()}
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     here = " on this process" if state.groups.mp.size() > 1 else ""

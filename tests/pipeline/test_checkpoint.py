@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict
+from functools import wraps
 from multiprocessing import active_children
 from traceback import StackSummary
 from typing import cast
@@ -12,6 +14,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +26,7 @@ from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.run_info import describe_run, find_checkpoint, read_info
 from pipeline.state import build
 from pipeline.train import train
+from tests.processes import run_together
 
 FAILURE = "checkpoints: a checkpoint could not be written; the one before it is whole: "
 
@@ -70,6 +74,50 @@ def test_what_cannot_be_hashed_is_one_line(run, tmp_path, monkeypatch, in_backgr
     ):
         checkpoints.save(6, state_of(2))
     assert find_checkpoint(tmp_path).name == "step-00000003"
+
+
+def save_where_one_disk_is_full(folder, run, in_background: bool) -> str:
+    """Returns the error of a process, of which the second cannot write the first of its files."""
+    initialize_distributed()
+    rank, real_write = torch.distributed.get_rank(), filesystem_async._write_item
+
+    @wraps(real_write)
+    def write(*args, **options):
+        if rank == 1 and threading.current_thread() is not threading.main_thread():
+            raise OSError("No space left on device")
+        return real_write(*args, **options)
+
+    filesystem_async._write_item = write
+    names = [f"rank{rank}-{number}" for number in range(20)]
+    state = {name: ShardedTensor.from_rank_offsets(name, torch.zeros(2)) for name in names}
+    with pytest.raises(OSError, match=FAILURE) as error, writer(folder, run, in_background) as checkpoints:
+        checkpoints.save(3, state)
+    shutdown_distributed()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_all_processes_learn_that_one_could_not_write(stage2, tmp_path, in_background):
+    run = describe_run(stage2, ["shards"], 6)
+    first, second = run_together(2, save_where_one_disk_is_full, tmp_path, run, in_background)
+    assert "a file could not be written (<class 'OSError'>); is the disk full?" in first
+    assert second.endswith("one of the processes failed, and says why")
+
+
+def test_a_folder_that_cannot_be_removed_does_not_end_a_run(run, tmp_path, monkeypatch):
+    said: list[str] = []
+
+    def busy(folder):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(
+        checkpoint_writer.shutil, "rmtree", lambda folder, ignore_errors=False: ignore_errors or busy(folder)
+    )
+    with CheckpointWriter(tmp_path, run, {"config": {}}, 1, False, said.append) as checkpoints:
+        checkpoints.save(3, state_of(2))
+        checkpoints.save(6, state_of(2))
+    assert find_checkpoint(tmp_path).name == "step-00000006"
+    assert any("step-00000003.part could not be removed; the next save tries again" in line for line in said)
 
 
 def test_a_writer_that_is_killed_is_one_line(run, tmp_path, monkeypatch):

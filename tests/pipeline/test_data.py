@@ -1,5 +1,7 @@
 """Global batches: the same samples however many ranks, every image decoded once, nothing skipped in silence."""
 
+import os
+import signal
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.data import BatchSource, Reader, build_pack, build_source, load_table, open_shards
 from pipeline.samples import build_sample
 from pipeline.shards import ShardSet
+from tests.processes import run_together
 
 
 def source(config: RunConfig, rank: int = 0, num_ranks: int = 1) -> BatchSource:
@@ -133,6 +136,24 @@ def test_readers_end_with_a_trainer_that_does_not_wait_for_them(stage2):
     reader.terminate()
     reader.join(60)
     assert not reader.is_alive()
+
+
+def read_and_die(config: RunConfig) -> None:
+    """What a trainer does that is killed while its readers work: tells who they are, and ends."""
+    batches = source(with_data(config, num_workers=2, prefetch_steps=1)).batches(0)
+    next(batches)
+    (config.run_dir / "readers").write_text(" ".join(str(each.pid) for each in active_children()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_readers_end_when_their_trainer_is_killed(stage2, tmp_path):
+    config = stage2.model_copy(update={"run_dir": tmp_path})
+    with pytest.raises(RuntimeError, match="died"):
+        run_together(1, read_and_die, config)
+    readers = [int(pid) for pid in (tmp_path / "readers").read_text().split()]
+    assert len(readers) == 2
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in readers if psutil.pid_exists(pid)], timeout=60)
+    assert not alive
 
 
 def test_a_mixture_repeats_and_halves_its_sources(stage2, tmp_path):
