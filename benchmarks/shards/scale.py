@@ -20,7 +20,7 @@ from data_prep.runner import ray_session
 from data_prep.shards import make_shards
 
 PHOTO = 96, 72
-SHARD_BYTES = 500_000
+SHARD_BYTES = 500_000  # many shards a worker at both sizes; with few, the small run mostly waits for its last ones
 MAX_DEVIATION = 0.15
 MAX_BYTES_PER_SAMPLE = 400
 
