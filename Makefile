@@ -66,7 +66,7 @@ report: setup ## OUT=dir-or-url: one HTML page to look at a shard directory
 
 stream-check: setup ## SHARDS=dir-or-url [CACHE=dir]: shards read by number and by webdataset are the same, sample for sample
 	$(call need,SHARDS)
-	$(PYTHON) -m pipeline.stream_check $(SHARDS) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
+	$(PYTHON) -m pipeline.shards.stream_check $(SHARDS) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
 
 import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model and encoder to a base folder
 	$(call need,LLM VISION OUT)
@@ -106,7 +106,7 @@ STEP ?= 0
 RANKS ?= 1
 preview: setup ## CONFIG=x.yaml [STEP=n] [RANKS=n] [ARGS="--html page.html"]: what each rank would see at a step
 	$(call need,CONFIG)
-	@$(PYTHON) -m pipeline.preview --config $(CONFIG) --step $(STEP) --ranks $(RANKS) $(ARGS)
+	@$(PYTHON) -m pipeline.data.preview --config $(CONFIG) --step $(STEP) --ranks $(RANKS) $(ARGS)
 
 export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self-contained Hugging Face folder
 	$(call need,CKPT OUT)
@@ -114,11 +114,11 @@ export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self
 
 evaluate: setup ## MODEL=dir DATA=x.json IMAGES=dir: score an exported folder on LLaVA-format questions
 	$(call need,MODEL DATA IMAGES)
-	$(PYTHON) -m pipeline.evaluate --model $(MODEL) --data $(DATA) --images $(IMAGES) $(ARGS)
+	$(PYTHON) -m pipeline.evaluation.evaluate --model $(MODEL) --data $(DATA) --images $(IMAGES) $(ARGS)
 
 chat: setup ## MODEL=dir IMAGE=file [ARGS='--question "..."']: talk to an exported folder
 	$(call need,MODEL IMAGE)
-	$(PYTHON) -m pipeline.chat --model $(MODEL) --image $(IMAGE) $(ARGS)
+	$(PYTHON) -m pipeline.evaluation.chat --model $(MODEL) --image $(IMAGE) $(ARGS)
 
 test-hf: setup ## exported folders load, answer and save on transformers 4.57 and 5, each in its own environment
 	@for n in 4 5; do \

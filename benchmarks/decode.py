@@ -25,9 +25,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import CLIPImageProcessor
 
-from data_prep.console import run
+from common.console import run
 from model.hf.image_processing_saisa import CLIP_MEAN, SaisaImageProcessor
-from pipeline.images import decode_image, is_fast
+from pipeline.data.images import decode_image, is_fast
 
 SIZE = 336
 FAST, EXACT, LLAVA, BARE = "SAISA", "SAISA, exact", "LLaVA: Pillow and CLIPImageProcessor", "torchvision alone"

@@ -14,17 +14,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from data_prep.console import run
+from common.console import run
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from orchestration.demo import CONFIGS
 from orchestration.tiny_base import build_tiny_base, read_texts
+from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import load_config
-from pipeline.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.questions import Question, question_only_accuracy, read_questions
 from pipeline.export import export
-from pipeline.questions import Question, question_only_accuracy, read_questions
-from pipeline.run_info import find_checkpoint
-from pipeline.train import train
+from pipeline.loop import train
 
 NUM_TRAIN_ROWS = 900
 
@@ -49,10 +49,10 @@ def main(
 
     make_shards(out / "train.json", data, out / "shards", Settings())
     build_tiny_base(read_texts(out / "train.json"), out / "base")
-    places = [f"init.base={out / 'base'}", f"data.shards={out / 'shards'}", "data.template=v1"]
-    train(load_config(CONFIGS / "demo-stage1.yaml", [*places, f"run_dir={out / 'stage1'}", "train.max_steps=20"]))
+    overrides = [f"init.base={out / 'base'}", f"data.shards={out / 'shards'}", "data.template=v1"]
+    train(load_config(CONFIGS / "demo-stage1.yaml", [*overrides, f"run_dir={out / 'stage1'}", "train.max_steps=20"]))
     longer = ["train.global_batch_size=64", f"train.max_steps={max_steps}", f"init.projector={out / 'stage1'}"]
-    train(load_config(CONFIGS / "demo-stage2.yaml", [*places, *longer, f"run_dir={out / 'stage2'}"]))
+    train(load_config(CONFIGS / "demo-stage2.yaml", [*overrides, *longer, f"run_dir={out / 'stage2'}"]))
     export(find_checkpoint(out / "stage2"), out / "export")
 
     seeing, blind = (evaluate(out / "export", out / "test.json", data, blind=blank) for blank in (False, True))

@@ -27,12 +27,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from benchmarks.shards.measure import Figure, median_ratio, report
-from data_prep.console import run
+from common.console import run
 from model.attention import attention, check_backend, installed_kernels, rotary_table
 from model.backend import HAVE_TE, LayerBuilder, check_fp8
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig
-from model.flops import TrainingStage, matrix_products, training_flops
+from model.compute import build_transformer_config, compute_dtype
+from model.config import ComputeConfig, ModelConfig
+from model.flops import Phase, matrix_products, training_flops
 from model.pack import Pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaLayer, SaisaModel
@@ -110,12 +110,12 @@ def layer_pass(model: ModelConfig, compute: ComputeConfig, pack: Pack, device: t
     layers = LayerBuilder(config, ProcessGroupCollection.use_mpu_process_groups().tp)
     layer = random_weights(SaisaLayer(layers, model, has_images, compute.attention), device)
     text_TD = torch.randn(
-        len(pack.positions_T), model.hidden_size, device=device, dtype=compute.dtype, requires_grad=True
+        len(pack.positions_T), model.hidden_size, device=device, dtype=compute_dtype(compute), requires_grad=True
     )
     width = model.vision.hidden_size if has_images else model.hidden_size
-    visual = torch.randn(len(pack.visual_positions_I), width, device=device, dtype=compute.dtype)
+    visual = torch.randn(len(pack.visual_positions_I), width, device=device, dtype=compute_dtype(compute))
     placed, gradient = pack.to(device), torch.randn_like(text_TD)
-    rotary = rotary_table(placed.key_positions_S, model.head_dim, model.rope_theta, compute.dtype)
+    rotary = rotary_table(placed.key_positions_S, model.head_dim, model.rope_theta, compute_dtype(compute))
 
     def once() -> None:
         layer.zero_grad(set_to_none=True)
@@ -226,7 +226,7 @@ def compare_norms(model: ModelConfig, num_rows: int, device: torch.device, round
     ours = LayerBuilder(config, ProcessGroupCollection.use_mpu_process_groups().tp).rms_norm().to(device)
     builder = cast(Any, get_backend("transformer_engine").layer_norm(rms_norm=True))
     norms = {"torch": ours, "transformer engine": builder(config, model.hidden_size, eps=model.norm_epsilon)}
-    x = torch.randn(num_rows, model.hidden_size, device=device, dtype=compute.dtype, requires_grad=True)
+    x = torch.randn(num_rows, model.hidden_size, device=device, dtype=compute_dtype(compute), requires_grad=True)
     gradient = torch.randn_like(x)
 
     def pass_of(norm: Callable[[Tensor], Tensor], weight: Tensor) -> Pass:
@@ -237,17 +237,15 @@ def compare_norms(model: ModelConfig, num_rows: int, device: torch.device, round
     return [Figure(f"RMSNorm, transformer engine / torch: time, {num_rows} rows", ratio)]
 
 
-def model_pass(
-    model: ModelConfig, compute: ComputeConfig, stage: TrainingStage, pack: Pack, device: torch.device
-) -> Pass:
+def model_pass(model: ModelConfig, compute: ComputeConfig, phase: Phase, pack: Pack, device: torch.device) -> Pass:
     """Returns a forward and backward pass of a whole model with a loss."""
-    shared = stage == "pretrain"
+    shared = phase == "pretrain"
     config = build_transformer_config(model, compute, ParallelConfig(), shared)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     saisa = SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared, compute.attention)
-    freeze(random_weights(saisa, device), stage)
+    freeze(random_weights(saisa, device), phase)
     features_IC = torch.randn(
-        len(pack.visual_positions_I), model.vision.hidden_size, device=device, dtype=compute.dtype
+        len(pack.visual_positions_I), model.vision.hidden_size, device=device, dtype=compute_dtype(compute)
     )
     placed = pack.to(device)
 
@@ -270,12 +268,12 @@ def utilization(
     """Returns the model FLOPs a second of both stages, and their fraction of the chip's peak where it is known."""
     num_samples, num_text, num_images = sizes
     pack = even_pack(*sizes, model.vision.num_tokens)
-    figures, stages = [], cast(tuple[TrainingStage, ...], ("pretrain", "finetune"))
-    for stage in stages:
-        flops = num_samples * training_flops(model, stage, num_text, num_images * model.vision.num_tokens, num_text)
-        passes = {name: model_pass(model, compute, stage, pack, device) for name, compute in computes.items()}
+    figures, stages = [], cast(tuple[Phase, ...], ("pretrain", "finetune"))
+    for phase in stages:
+        flops = num_samples * training_flops(model, phase, num_text, num_images * model.vision.num_tokens, num_text)
+        passes = {name: model_pass(model, compute, phase, pack, device) for name, compute in computes.items()}
         for name, times in time_together(passes, device, rounds).items():
-            tflops, what = flops / median(times) / 1e12, f"{model.num_layers} layers, {stage}, {name}"
+            tflops, what = flops / median(times) / 1e12, f"{model.num_layers} layers, {phase}, {name}"
             figures.append(Figure(f"{what}: rate", tflops, "TFLOP/s"))
             if peak is not None:
                 figures.append(Figure(f"{what}: MFU of the bf16 peak", tflops / peak))
@@ -317,7 +315,7 @@ def main(
     figures = []
     for sizes in (one_image, many_images):
         figures += compare_with_llava(config, bf16, sizes, device, rounds)
-        figures += compare_kernels(config, bf16.dtype, sizes, device, rounds)
+        figures += compare_kernels(config, compute_dtype(bf16), sizes, device, rounds)
     figures += compare_precisions(config, one_image, device, rounds)
     figures += compare_norms(config, samples * (text + config.vision.num_tokens), device, rounds)
     few = config.model_copy(update={"num_layers": layers})

@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.console import run
+from common.console import run
 from pipeline.config import RunConfig, load_config
-from pipeline.lengths import LengthTable
-from pipeline.order import Source
-from pipeline.schedule import Schedule
+from pipeline.data.lengths import LengthTable
+from pipeline.data.order import Source
+from pipeline.data.schedule import Schedule
 
 NUM_SAMPLES, NUM_SHARDS, NUM_RANKS, ROW_MULTIPLE = 665_298, 666, 8, 16
 KINDS = {  # fraction of the rows, median text tokens, sigma of the logarithm, images

@@ -22,11 +22,11 @@ from webdataset.compat import WebDataset
 
 from benchmarks.shards.inputs import write_data_set
 from benchmarks.shards.measure import Figure, at_least, median_ratio, report, time_rounds
-from data_prep.console import run
+from common.console import run
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
-from pipeline.order import Source, order
-from pipeline.shards import ShardSet
+from pipeline.data.order import Source, order
+from pipeline.shards.shard_set import ShardSet
 
 OVER_WEBDATASET, OVER_STREAMING = 1.2, 1.3
 PHOTO = 640, 480

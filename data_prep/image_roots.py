@@ -1,4 +1,4 @@
-"""Where images are: in folders, in zips that are read in place, in object stores, under one root or several.
+"""Where images are: in folders, in zips that are read in location, in object stores, under one root or several.
 
     --images /data/llava-images                     every path
     --images coco=s3://data/train2017.zip           coco/train2017/1.jpg is train2017/1.jpg in that zip
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from upath import UPath
 
-from data_prep.console import UsageError
-from data_prep.files import Place, named_errors, open_place, read_range
+from common.console import UsageError
+from common.files import Location, named_errors, open_location, read_range
 from data_prep.zip_images import ZipDirectory, ZipSlot, read_member
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
@@ -88,7 +88,7 @@ def _version(info: dict) -> int:
 class ZipImages:
     """Images in a zip file, local or at a URL."""
 
-    def __init__(self, root: Place):
+    def __init__(self, root: Location):
         """Raises `ValueError` where there is no zip file with a readable directory."""
         self.root, self.directory = str(root), ZipDirectory(root)
 
@@ -128,24 +128,24 @@ def _spellings(path: str) -> Iterator[str]:
                 yield f"{stem}.{spelled}"
 
 
-def open_images(places: Sequence[str]) -> ImageRoots:
+def open_images(locations: Sequence[str]) -> ImageRoots:
     """Returns the images of one or several roots, each a folder, a zip or a URL, with or without `name=` before it.
 
     Raises:
         ValueError: A root is none of these.
         UsageError: There is no root.
     """
-    if not places:
+    if not locations:
         raise UsageError("--images is missing; give a folder, a zip or a URL")
     roots = []
-    for place in places:
-        named = NAMED_ROOT.fullmatch(place)
-        name, location = (f"{named[1]}/", named[2]) if named else ("", place)
-        roots.append((name, _open_root(open_place(location))))
+    for spelled in locations:
+        named = NAMED_ROOT.fullmatch(spelled)
+        name, location = (f"{named[1]}/", named[2]) if named else ("", spelled)
+        roots.append((name, _open_root(open_location(location))))
     return ImageRoots(roots)
 
 
-def _open_root(root: Place) -> FolderImages | StoreImages | ZipImages:
+def _open_root(root: Location) -> FolderImages | StoreImages | ZipImages:
     if root.is_file():
         return ZipImages(root)
     if not isinstance(root, Path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import PIL
 
-from data_prep.files import Place, file_sizes, read_whole, remove, remove_parts, write_whole
+from common.files import Location, file_sizes, read_whole, remove, remove_parts, write_whole
 from data_prep.plan import Scan, Settings, differences
 from data_prep.records import Reject, json_bytes
 from data_prep.shard_task import ShardSummary
@@ -25,7 +25,7 @@ FORMAT = "saisa-tar"
 STATUS_FILES = ("plan.json", "rejects.jsonl", "index.json", "manifest.json", ".lock")
 
 
-def prepare(folder: Place, identity: dict, modified_sha256: str) -> bool:
+def prepare(folder: Location, identity: dict, modified_sha256: str) -> bool:
     """Returns whether shards that are already in the folder must be written again to be trusted.
 
     That is so when image files have a new date but their old sizes. Enters the plan, and takes down the files that say
@@ -50,7 +50,7 @@ def prepare(folder: Place, identity: dict, modified_sha256: str) -> bool:
     return recheck
 
 
-def _read_plan(folder: Place) -> dict | None:
+def _read_plan(folder: Location) -> dict | None:
     try:
         return json.loads(read_whole(folder / "plan.json"))
     except FileNotFoundError:
@@ -59,12 +59,12 @@ def _read_plan(folder: Place) -> dict | None:
         raise ValueError(f"{folder / 'plan.json'} is damaged ({error}); use another --out or delete this one") from None
 
 
-def write_plan(folder: Place, identity: dict, modified_sha256: str) -> None:
+def write_plan(folder: Location, identity: dict, modified_sha256: str) -> None:
     """Enters what the folder is made from; `modified_sha256` vouches for images of unchanged size."""
     write_whole(folder / "plan.json", _pretty({"identity": identity, "modified_sha256": modified_sha256}))
 
 
-def finished(folder: Place, identity: dict, modified_sha256: str) -> dict | None:
+def finished(folder: Location, identity: dict, modified_sha256: str) -> dict | None:
     """Returns the manifest of a folder that is complete and was made from the same, None where work remains."""
     try:
         plan, index, manifest = (
@@ -81,7 +81,9 @@ def finished(folder: Place, identity: dict, modified_sha256: str) -> dict | None
     return manifest if same and whole else None
 
 
-def finalize(folder: Place, summaries: Sequence[ShardSummary], scan: Scan, settings: Settings, sources: dict) -> dict:
+def finalize(
+    folder: Location, summaries: Sequence[ShardSummary], scan: Scan, settings: Settings, sources: dict
+) -> dict:
     """Writes rejects, index and manifest, in this order; returns the manifest."""
     summaries = sorted(summaries)
     rejects = sorted([*scan.rejects, *(reject for summary in summaries for reject in summary.rejects)])
@@ -158,7 +160,7 @@ def _file_info(basename: str, num_bytes: int, sha256: str) -> dict:
     return {"basename": basename, "bytes": num_bytes, "hashes": {"sha256": sha256}}
 
 
-def write_rejects(folder: Place, rejects: Iterable[Reject], source: str) -> dict:
+def write_rejects(folder: Location, rejects: Iterable[Reject], source: str) -> dict:
     """Writes rejects.jsonl, in the order of the source; returns its bytes and SHA-256, for the manifest."""
     lines = b"".join(reject_line(reject, source) for reject in sorted(rejects))
     write_whole(folder / "rejects.jsonl", lines)

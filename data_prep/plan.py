@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from data_prep.console import UsageError
+from common.console import UsageError
 from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
 from data_prep.records import DUPLICATE, Refused, Reject, check_row, content_digest, refuse
@@ -111,20 +111,20 @@ def _estimate_bytes(row: dict, image_bytes: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the fit rows of a scan, and the places of that order which each shard takes."""
+    """The order of the fit rows of a scan, and the positions of that order which each shard takes."""
 
     order: np.ndarray
     shards: list[range]
 
 
 def build_plan(scan: Scan, settings: Settings) -> Plan:
-    """Returns the plan of a scan: every fit row at exactly one place, every place in exactly one shard."""
+    """Returns the plan of a scan: every fit row at exactly one position, every position in exactly one shard."""
     order = order_rows(len(scan.indices), settings)
     return Plan(order, list(cut_shards((scan.sample_bytes[row] for row in order), settings.shard_bytes)))
 
 
 def order_rows(num_rows: int, settings: Settings) -> np.ndarray:
-    """Returns int64[num_rows], the row at each place of the plan: a permutation that depends on the seed alone.
+    """Returns int64[num_rows], the row at each position of the plan: a permutation that depends on the seed alone.
 
     Places are dealt by sorting the raw 64-bit stream of PCG64, which numpy keeps stable across versions (its
     `permutation` may change).
@@ -135,20 +135,20 @@ def order_rows(num_rows: int, settings: Settings) -> np.ndarray:
 
 
 def cut_shards(sample_bytes: Iterable[int], shard_bytes: int) -> Iterator[range]:
-    """Yields the places of each shard in turn: as many samples as fit in `shard_bytes`, at least one."""
-    start, total, place = 0, 0, -1
-    for place, size in enumerate(sample_bytes):
-        if place > start and total + size > shard_bytes:
-            yield range(start, place)
-            start, total = place, 0
+    """Yields the positions of each shard in turn: as many samples as fit in `shard_bytes`, at least one."""
+    start, total, position = 0, 0, -1
+    for position, size in enumerate(sample_bytes):
+        if position > start and total + size > shard_bytes:
+            yield range(start, position)
+            start, total = position, 0
         total += size
-    if place >= start:
-        yield range(start, place + 1)
+    if position >= start:
+        yield range(start, position + 1)
 
 
-def sample_key(place: int) -> str:
-    """Returns the key of the sample at a place of the plan: of fixed width and without dots, which end a key."""
-    return f"{place:09d}"
+def sample_key(position: int) -> str:
+    """Returns the key of the sample at a position of the plan: of fixed width and without dots, which end a key."""
+    return f"{position:09d}"
 
 
 def shard_name(number: int) -> str:

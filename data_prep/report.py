@@ -23,8 +23,8 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
-from data_prep.console import UsageError, run
-from data_prep.files import Place, open_file, open_place, read_whole, write_whole
+from common.console import UsageError, run
+from common.files import Location, open_file, open_location, read_whole, write_whole
 from data_prep.report_shard import Card, ReportTask, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
 from data_prep.reporting import build_progress
@@ -57,7 +57,7 @@ def main(
         raise UsageError(f"--workers {workers} must be at least 1")
     if num_samples < 0:
         raise UsageError(f"--num-samples {num_samples} must not be negative")
-    folder = open_place(out)
+    folder = open_location(out)
     manifest = read_manifest(folder)
     page = html or (folder if isinstance(folder, Path) else Path()) / "report.html"
     if not os.access(page.parent, os.W_OK):
@@ -65,7 +65,7 @@ def main(
     write_report(folder, manifest, page, num_samples, seed, workers)
 
 
-def read_manifest(folder: Place) -> dict:
+def read_manifest(folder: Location) -> dict:
     """Returns the manifest of a finished shard directory.
 
     Raises:
@@ -78,7 +78,7 @@ def read_manifest(folder: Place) -> dict:
 
 
 def write_report(
-    folder: Place, manifest: dict, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
+    folder: Location, manifest: dict, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
 ) -> None:
     """Writes the page about a finished shard directory: the same one whatever the number of workers."""
     console = Console(stderr=True, soft_wrap=True)
@@ -94,7 +94,7 @@ def write_report(
     )
 
 
-def build_tasks(folder: Place, shards: Sequence[dict], num_samples: int, seed: int) -> list[ReportTask]:
+def build_tasks(folder: Location, shards: Sequence[dict], num_samples: int, seed: int) -> list[ReportTask]:
     """Returns a task for each shard; the samples to show are drawn from all samples alike."""
     ends = list(accumulate(shard["num_samples"] for shard in shards))
     total = ends[-1]
@@ -125,7 +125,7 @@ def read_shards(
     return stats, sorted(cards, key=lambda card: card.key)
 
 
-def count_rejects(folder: Place) -> list[tuple[str, int, dict]]:
+def count_rejects(folder: Location) -> list[tuple[str, int, dict]]:
     """Returns each kind of refusal with its number of rows and its first row, most frequent kind first."""
     counts, first = Counter(), {}
     with open_file(folder / "rejects.jsonl") as lines:
@@ -137,7 +137,7 @@ def count_rejects(folder: Place) -> list[tuple[str, int, dict]]:
 
 
 def render(
-    folder: Place, manifest: dict, stats: Stats, cards: Sequence[Card], rejects: Sequence[tuple[str, int, dict]]
+    folder: Location, manifest: dict, stats: Stats, cards: Sequence[Card], rejects: Sequence[tuple[str, int, dict]]
 ) -> str:
     """Returns the page."""
     environment = Environment(

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from data_prep.files import Place, open_file, read_whole
+from common.files import Location, open_file, read_whole
 from data_prep.image_check import FORMATS, LOSSY, check_image
 from data_prep.records import Refused
 from data_prep.report_stats import Stats, count, measure
@@ -29,7 +29,7 @@ MAX_THUMBNAILS = 4  # of a sample
 class ReportTask:
     """One shard to read, and the numbers of those of its samples that are to be shown."""
 
-    folder: Place
+    folder: Location
     tar: str
     sidecar: str
     num_samples: int

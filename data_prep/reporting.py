@@ -18,7 +18,7 @@ class TooManyRefused(ValueError):
 
 
 @dataclass
-class Ledger:
+class RejectLog:
     """The refused rows so far: one line on the console for each kind of problem, and an end when there are too many."""
 
     source: str
@@ -27,7 +27,7 @@ class Ledger:
     console: Console
     rejects: list[Reject] = field(default_factory=list)
 
-    def enter(self, rejects: Iterable[Reject]) -> None:
+    def add(self, rejects: Iterable[Reject]) -> None:
         """Adds refused rows.
 
         Raises:

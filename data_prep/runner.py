@@ -63,9 +63,10 @@ def _start(workers: int) -> None:
 
 
 def _connect(address: str) -> None:
-    """Joins a cluster, taking this package along, so that its machines need only the dependencies."""
-    package = str(Path(__file__).resolve().parent)
-    environment = {"py_modules": [package], "excludes": ["__pycache__"]}
+    """Joins a cluster, taking the packages of sharding along, so that its machines need only the dependencies."""
+    here = Path(__file__).resolve().parent
+    packages = [str(here), str(here.with_name("common"))]
+    environment = {"py_modules": packages, "excludes": ["__pycache__"]}
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError) as error:

@@ -32,7 +32,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw
 
-from data_prep.console import UsageError, run
+from common.console import UsageError, run
 
 KINDS = ("circle", "square", "triangle", "cross")
 COLORS = {

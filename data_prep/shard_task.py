@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import BinaryIO, NamedTuple
 
-from data_prep.files import Place, open_file, read_whole, whole_file, write_whole
+from common.files import Location, open_file, read_whole, whole_file, write_whole
 from data_prep.image_check import check_image, shrink_image
 from data_prep.image_roots import ImageEntry, read_image
 from data_prep.plan import Settings
@@ -41,7 +41,7 @@ class ShardTask:
     """One shard to write. With `recheck`, a shard that exists is written again and must come out the same."""
 
     name: str
-    folder: Place
+    folder: Location
     rows: list[PlannedRow]
     settings: Settings
     recheck: bool = False
@@ -51,12 +51,12 @@ class ShardTask:
         return self.name
 
     @property
-    def tar(self) -> Place:
+    def tar(self) -> Location:
         """The shard."""
         return self.folder / f"{self.name}.tar"
 
     @property
-    def sidecar(self) -> Place:
+    def sidecar(self) -> Location:
         """Its receipt and index."""
         return self.folder / f"{self.name}.json"
 

@@ -20,12 +20,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from common.console import UsageError, run
+from common.files import Location, locked, open_location
 from data_prep import output
-from data_prep.console import UsageError, run
-from data_prep.files import Place, locked, open_place
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
-from data_prep.reporting import Ledger, build_progress, plan_text, summary_text
+from data_prep.reporting import RejectLog, build_progress, plan_text, summary_text
 from data_prep.runner import ray_session, run_tasks
 from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
 from data_prep.source import Source, open_source
@@ -36,7 +36,9 @@ MAX_SHARDS = 1_000_000
 
 def main(
     data: Annotated[str, typer.Option(help="LLaVA rows: a .json array or .jsonl, here or at a URL")],
-    images: Annotated[list[str], typer.Option(help="folder, zip or URL of the images; name=place for paths name/...")],
+    images: Annotated[
+        list[str], typer.Option(help="folder, zip or URL of the images; name=location for paths name/...")
+    ],
     out: Annotated[
         str, typer.Option(help="the shard directory to write: a folder or a URL such as s3://bucket/shards")
     ],
@@ -86,11 +88,11 @@ def show_plan(
     """Returns the plan that a run would follow, and shows what it would refuse before it reads an image."""
     console = Console(stderr=True, soft_wrap=True)
     with open_source(data, images, settings, console) as source:
-        ledger = Ledger(source.name, source.scan.num_rows, max_bad_fraction, console)
+        reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
         try:
-            ledger.enter(source.scan.rejects)
+            reject_log.add(source.scan.rejects)
         finally:
-            ledger.show_table()
+            reject_log.show_table()
         plan = build_plan(source.scan, settings)
         console.print(plan_text(source.scan.num_rows, plan, sum(source.scan.sample_bytes)), highlight=False)
         return plan
@@ -111,20 +113,20 @@ def make_shards(
         ValueError: The input is unreadable, too much of it is bad, or `out` holds something else.
     """
     started, console = time.monotonic(), Console(stderr=True, soft_wrap=True)
-    folder = open_place(out)
+    folder = open_location(out)
     with open_source(data, images, settings, console) as source:
         plan_identity = identity(source.scan, settings, source.description["data"]["sha256"])
         if manifest := output.finished(folder, plan_identity, source.scan.modified_sha256):
             console.print(f"{folder} is complete and was made from this input: nothing to do")
             return manifest
         with locked(folder):
-            ledger = Ledger(source.name, source.scan.num_rows, max_bad_fraction, console)
+            reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
             recheck = output.prepare(folder, plan_identity, source.scan.modified_sha256)
-            summaries = _write_all(source, folder, settings, recheck, ledger, workers, address)
+            summaries = _write_all(source, folder, settings, recheck, reject_log, workers, address)
             if recheck:
                 output.write_plan(folder, plan_identity, source.scan.modified_sha256)
             manifest = output.finalize(folder, summaries, source.scan, settings, source.description)
-    ledger.show_table()
+    reject_log.show_table()
     num_kept = sum(not summary.is_new for summary in summaries)
     text = summary_text(manifest, num_kept, time.monotonic() - started, folder)
     console.print(text, highlight=False, markup=False)
@@ -133,54 +135,54 @@ def make_shards(
 
 def _write_all(
     source: Source,
-    folder: Place,
+    folder: Location,
     settings: Settings,
     recheck: bool,
-    ledger: Ledger,
+    reject_log: RejectLog,
     workers: int | None,
     address: str | None,
 ) -> list[ShardSummary]:
     """Returns the summaries of all shards; leaves rejects.jsonl and a table of reasons where it cannot go on."""
     try:
-        ledger.enter(source.scan.rejects)
+        reject_log.add(source.scan.rejects)
         plan = build_plan(source.scan, settings)
         if len(plan.shards) > MAX_SHARDS:
             raise UsageError(f"--shard-bytes {settings.shard_bytes} makes {len(plan.shards):,} shards, too many")
         tasks = build_tasks(source, folder, settings, plan, recheck)
-        summaries = write_shards(tasks, plan, ledger, workers, address)
+        summaries = write_shards(tasks, plan, reject_log, workers, address)
         if not any(summary.num_samples for summary in summaries):
             raise ValueError(f"{source.name}: every row was refused, so there is nothing to write")
         return summaries
     except ValueError:
-        output.write_rejects(folder, ledger.rejects, source.name)
-        ledger.show_table()
+        output.write_rejects(folder, reject_log.rejects, source.name)
+        reject_log.show_table()
         raise
 
 
-def build_tasks(source: Source, folder: Place, settings: Settings, plan: Plan, recheck: bool) -> Iterator[ShardTask]:
+def build_tasks(source: Source, folder: Location, settings: Settings, plan: Plan, recheck: bool) -> Iterator[ShardTask]:
     """Yields the task of each shard, with its own rows and the places of its own images, and no others."""
     scan = source.scan
     with source.rows.open("rb") as file:
-        for number, places in enumerate(plan.shards):
+        for number, positions in enumerate(plan.shards):
             rows = []
-            for place in places:
-                row = plan.order[place]
+            for position in positions:
+                row = plan.order[position]
                 file.seek(scan.offsets[row])
                 text = file.read(scan.row_bytes[row])
                 found = [source.images.find(path) for path in check_row(json.loads(text))]
                 entries = tuple(entry for entry in found if entry)
                 if len(entries) < len(found):
                     raise ValueError(f"{source.name}: an image of row {scan.indices[row]} vanished during the run")
-                rows.append(PlannedRow(sample_key(place), scan.indices[row], text, entries))
+                rows.append(PlannedRow(sample_key(position), scan.indices[row], text, entries))
             yield ShardTask(shard_name(number), folder, rows, settings, recheck)
 
 
 def write_shards(
-    tasks: Iterable[ShardTask], plan: Plan, ledger: Ledger, workers: int | None, address: str | None
+    tasks: Iterable[ShardTask], plan: Plan, reject_log: RejectLog, workers: int | None, address: str | None
 ) -> list[ShardSummary]:
     """Returns the summaries of all shards, written or found whole, showing rate and time left."""
     summaries, num_done, num_shards = [], 0, len(plan.shards)
-    with ray_session(address, workers) as in_flight, build_progress(ledger.console) as progress:
+    with ray_session(address, workers) as in_flight, build_progress(reject_log.console) as progress:
         started, bar = time.monotonic(), progress.add_task("write", total=len(plan.order), note="")
         for summary in run_tasks(write_shard, tasks, in_flight):
             summaries.append(summary)
@@ -188,7 +190,7 @@ def write_shards(
             rate = num_done / (time.monotonic() - started)
             note = f"{len(summaries):,} of {num_shards:,} shards, {rate:,.0f} samples/s"
             progress.update(bar, completed=num_done, note=note)
-            ledger.enter(summary.rejects)
+            reject_log.add(summary.rejects)
     return summaries
 
 

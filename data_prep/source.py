@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.files import local_copy, open_place
+from common.files import local_copy, open_location
 from data_prep.image_roots import ImageRoots, open_images
 from data_prep.json_rows import Row, read_rows
 from data_prep.plan import Scan, Settings, scan_rows
@@ -36,19 +36,19 @@ def open_source(
     Raises:
         ValueError: The rows are no list of rows, or a root of the images is not there.
     """
-    places = [str(place) for place in ([images] if isinstance(images, str | Path) else images)]
-    place, roots = open_place(data), open_images(places)
-    with local_copy(place) as rows:
-        scan = scan_source(rows, place, roots, settings, console)
+    locations = [str(location) for location in ([images] if isinstance(images, str | Path) else images)]
+    location, roots = open_location(data), open_images(locations)
+    with local_copy(location) as rows:
+        scan = scan_source(rows, location, roots, settings, console)
         description = {
-            "data": {"name": place.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
+            "data": {"name": location.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
             "images": {
-                "names": [name.rstrip("/").rsplit("/", 1)[-1] for name in places],
+                "names": [name.rstrip("/").rsplit("/", 1)[-1] for name in locations],
                 "sha256": scan.images_sha256,
                 "hashed": "paths and sizes, in row order",
             },
         }
-        yield Source(place.name, rows, roots, scan, description)
+        yield Source(location.name, rows, roots, scan, description)
 
 
 def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data_prep.console import UsageError, run
-from data_prep.files import Place, file_sizes, open_place, read_whole
+from common.console import UsageError, run
+from common.files import Location, file_sizes, open_location, read_whole
 from data_prep.output import build_index, build_manifest, reject_line
 from data_prep.plan import Settings
 from data_prep.reporting import build_progress
@@ -49,10 +49,10 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
     Raises:
         ValueError: Something is not, or the directory is not finished.
     """
-    console, folder = Console(stderr=True, soft_wrap=True), open_place(out)
+    console, folder = Console(stderr=True, soft_wrap=True), open_location(out)
     listings = read_listings(folder)
     present = {} if str(folder).startswith("http") else file_sizes(folder)  # web servers list nothing, or refuse to
-    found = list(strangers(present, listings.tasks))
+    found = list(unlisted(present, listings.tasks))
     show(found, console)
     verdicts = read_shards(listings.tasks, folder, present, console, workers, address)
     summaries = sorted(verdict.summary for verdict in verdicts if verdict.summary)
@@ -85,7 +85,7 @@ class Listings:
     tasks: list[VerifyTask]
 
 
-def read_listings(folder: Place) -> Listings:
+def read_listings(folder: Location) -> Listings:
     """Returns what a finished directory says of itself.
 
     Raises:
@@ -108,7 +108,7 @@ def read_listings(folder: Place) -> Listings:
     return listings
 
 
-def read_json(folder: Place, name: str, way_out: str = "") -> Any:
+def read_json(folder: Location, name: str, way_out: str = "") -> Any:
     """Returns what a status file of a finished directory holds.
 
     Raises:
@@ -124,14 +124,14 @@ def read_json(folder: Place, name: str, way_out: str = "") -> Any:
         raise ValueError(f"{folder / name} is damaged ({error}); {way_out or f'delete it and {AGAIN}'}") from None
 
 
-def build_task(folder: Place, shard: dict, in_index: dict | None) -> VerifyTask:
+def build_task(folder: Location, shard: dict, in_index: dict | None) -> VerifyTask:
     """Returns the task of a shard, from its entries in the manifest and, unless every row was refused, the index."""
     sidecar_sha256 = in_index["raw_meta"]["hashes"]["sha256"] if in_index else None
     told = (shard["tar"], shard["sidecar"], shard["bytes"], shard["sha256"])
     return VerifyTask(folder, *told, sidecar_sha256, shard["num_rejected"])
 
 
-def strangers(present: Iterable[str], tasks: list[VerifyTask]) -> Iterator[Problem]:
+def unlisted(present: Iterable[str], tasks: list[VerifyTask]) -> Iterator[Problem]:
     """Yields the files that a reader could take for shards; what other tools keep here is theirs."""
     known = {name for task in tasks for name in (task.tar, task.sidecar)}
     for name in sorted(present):
@@ -143,7 +143,7 @@ def strangers(present: Iterable[str], tasks: list[VerifyTask]) -> Iterator[Probl
 
 def read_shards(
     tasks: list[VerifyTask],
-    folder: Place,
+    folder: Location,
     present: Iterable[str],
     console: Console,
     workers: int | None,
@@ -200,7 +200,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{name} {key}".strip())
 
 
-def check_rejects(folder: Place, listings: Listings, summaries: Iterable[ShardSummary]) -> Iterator[Problem]:
+def check_rejects(folder: Location, listings: Listings, summaries: Iterable[ShardSummary]) -> Iterator[Problem]:
     """Yields that rejects.jsonl is not as it was written, or what it and the sidecars say differently."""
     wanted = {
         reject_line(reject, listings.source): (summary.name, reject)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data_prep.files import Place, open_file, read_whole
+from common.files import Location, open_file, read_whole
 from data_prep.records import Reject
 from data_prep.shard_task import ShardSummary, build_sidecar, read_summary
 from data_prep.tar_writer import BLOCK_BYTES, END_OF_ARCHIVE
@@ -33,7 +33,7 @@ CHUNK_BYTES = 1 << 20
 class VerifyTask:
     """One shard to read, and what the listings say of it; index.json has no hash where every row was refused."""
 
-    folder: Place
+    folder: Location
     tar: str
     sidecar: str
     num_bytes: int
@@ -169,17 +169,17 @@ def shorten(problems: list[Problem]) -> list[Problem]:
 
 
 @contextmanager
-def open_buffered(place: Place) -> Iterator[BinaryIO]:
+def open_buffered(location: Location) -> Iterator[BinaryIO]:
     """Yields a file whose reads are short at its end alone; some web servers' are short where a packet ends."""
-    with open_file(place) as file:
+    with open_file(location) as file:
         raw: Any = file
         yield io.BufferedReader(raw)
 
 
-def _told(error: OSError, place: Place) -> str:
+def _told(error: OSError, location: Location) -> str:
     """Returns what a failed read says about the file; any other error, which a second try may not meet, is raised."""
     if isinstance(error, FileNotFoundError):
         return MISSING
-    if isinstance(place, Path) and error.errno == errno.EIO:
+    if isinstance(location, Path) and error.errno == errno.EIO:
         return "cannot be read: the disk reports an error"
     raise error

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.files import Place, named_errors, read_range
+from common.files import Location, named_errors, read_range
 from data_prep.records import Refused
 
 HEADER = struct.Struct("<4s4xHH4xLLLHHH8xL")  # of a member, in the directory
@@ -45,52 +45,54 @@ class ZipSlot(NamedTuple):
 class ZipDirectory:
     """The members of a zip file by name."""
 
-    def __init__(self, place: Place):
+    def __init__(self, location: Location):
         """Reads the zip's directory, in two requests.
 
         Raises:
             ValueError: It is not a zip file, or its directory is damaged.
         """
         try:
-            start, num_bytes, self.num_bytes_before = _find_directory(place)
-            self.directory = read_range(str(place), start, num_bytes) if num_bytes else b""
-            self.crcs, self.places = self._index()
+            start, num_bytes, self.num_bytes_before = _find_directory(location)
+            self.directory = read_range(str(location), start, num_bytes) if num_bytes else b""
+            self.crcs, self.header_offsets = self._index()
         except (zipfile.BadZipFile, struct.error) as error:
-            raise ValueError(f"--images {place} is not a readable zip file ({error}); give a folder or a zip") from None
+            raise ValueError(
+                f"--images {location} is not a readable zip file ({error}); give a folder or a zip"
+            ) from None
 
     def find(self, name: str) -> ZipSlot | None:
         """Returns where the member of this exact name lies; a directory is no member."""
         wanted = name.encode()
         crc = np.uint32(zlib.crc32(wanted))  # of the index's own type, or numpy would convert all of it
         first, end = self.crcs.searchsorted(crc, "left"), self.crcs.searchsorted(crc, "right")
-        for place in self.places[first:end][::-1].tolist():
-            found, slot, _ = self._member(place)
+        for header_offset in self.header_offsets[first:end][::-1].tolist():
+            found, slot, _ = self._member(header_offset)
             if found == wanted:
                 return slot
         return None
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns uint32[members] and uint64[members]: the CRC-32 of each name, sorted, and the place of its header."""
-        crcs, places, place = array("I"), array("Q"), 0
-        while place < len(self.directory):
-            name, _, following = self._member(place)
+        """Returns uint32[members] and uint64[members]: the CRC-32 of each name, sorted, and its header's offset."""
+        crcs, header_offsets, header_offset = array("I"), array("Q"), 0
+        while header_offset < len(self.directory):
+            name, _, following = self._member(header_offset)
             if not name.endswith(b"/"):
                 crcs.append(zlib.crc32(name))
-                places.append(place)
-            place = following
-        if place > len(self.directory):
+                header_offsets.append(header_offset)
+            header_offset = following
+        if header_offset > len(self.directory):
             raise zipfile.BadZipFile("its directory is cut short")
         order = np.argsort(np.asarray(crcs), kind="stable")  # of one name, the last stays last
-        return np.asarray(crcs)[order], np.asarray(places)[order]
+        return np.asarray(crcs)[order], np.asarray(header_offsets)[order]
 
-    def _member(self, place: int) -> tuple[bytes, ZipSlot, int]:
-        """Returns the name (UTF-8) of the member whose header is here, where it lies, and the place of the next."""
-        fields = HEADER.unpack_from(self.directory, place)
+    def _member(self, header_offset: int) -> tuple[bytes, ZipSlot, int]:
+        """Returns the name (UTF-8) of the member whose header is here, where it lies, and the offset of the next."""
+        fields = HEADER.unpack_from(self.directory, header_offset)
         signature, flags, method, crc, stored, size, name_bytes, extra_bytes, comment_bytes, offset = fields
         if signature != b"PK\1\2":
-            raise zipfile.BadZipFile(f"its directory is damaged at byte {place:,} of {len(self.directory):,}")
-        name_end = place + HEADER.size + name_bytes
-        name = raw_name = self.directory[place + HEADER.size : name_end]
+            raise zipfile.BadZipFile(f"its directory is damaged at byte {header_offset:,} of {len(self.directory):,}")
+        name_end = header_offset + HEADER.size + name_bytes
+        name = raw_name = self.directory[header_offset + HEADER.size : name_end]
         if not (flags & UTF8_NAME or name.isascii()):
             name = name.decode("cp437").encode()
         for kind, data in _extra_fields(self.directory[name_end : name_end + extra_bytes]):
@@ -102,12 +104,12 @@ class ZipDirectory:
         return name, slot, name_end + extra_bytes + comment_bytes
 
 
-def _find_directory(place: Place) -> tuple[int, int, int]:
+def _find_directory(location: Location) -> tuple[int, int, int]:
     """Returns where a zip's directory begins, its bytes, and how many bytes stand in front of the zip."""
-    with named_errors(place):
-        file_bytes = place.stat().st_size
+    with named_errors(location):
+        file_bytes = location.stat().st_size
     tail_bytes = min(file_bytes, MAX_END_BYTES)
-    tail = read_range(str(place), file_bytes - tail_bytes, tail_bytes) if tail_bytes else b""
+    tail = read_range(str(location), file_bytes - tail_bytes, tail_bytes) if tail_bytes else b""
     end = tail[: 4 - END.size].rfind(b"PK\5\6")  # with room for the rest of it
     if end < 0:
         raise zipfile.BadZipFile("it does not end like one")

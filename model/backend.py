@@ -23,8 +23,6 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 FP8_STATE = "_extra_state"  # what Transformer Engine calls it in a state dict
-FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
-BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
 BLOCKWISE_SINCE, MXFP8_SINCE = (9, 0), (10, 0)
 
 
@@ -98,7 +96,7 @@ def fp8_state_trusted() -> Iterator[None]:
             os.environ[name] = before
 
 
-def leave(weight: Tensor) -> None:
+def no_init(weight: Tensor) -> None:
     """Initialises nothing: every weight is loaded, see `model.weights`."""
 
 
@@ -129,7 +127,7 @@ class LayerBuilder:
             input_size,
             output_size,
             config=self.config_for_whole_rows if whole_rows else self.config,
-            init_method=leave,
+            init_method=no_init,
             gather_output=False,
             bias=bias,
             skip_bias_add=False,
@@ -143,7 +141,7 @@ class LayerBuilder:
             input_size,
             output_size,
             config=self.config,
-            init_method=leave,
+            init_method=no_init,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -176,7 +174,7 @@ class LayerBuilder:
         return VocabParallelEmbedding(
             vocab_size,
             self.config.hidden_size,
-            init_method=leave,
+            init_method=no_init,
             reduce_scatter_embeddings=self.config.sequence_parallel,
             config=self.config,
             tp_group=self.tp_group,
@@ -192,7 +190,7 @@ class LayerBuilder:
             vocab_size,
             # megatron-core's own class, which leaves the fusion of gradients to apex
             config=replace(self.config_for_whole_rows, gradient_accumulation_fusion=False),
-            init_method=leave,
+            init_method=no_init,
             bias=False,
             skip_weight_param_allocation=tied,
             tp_group=self.tp_group,

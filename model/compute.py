@@ -3,15 +3,13 @@
 `build_transformer_config` turns that and the model's sizes into megatron-core's configuration, and nothing else does.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from pydantic import Field, model_validator
 from torch.nn.functional import silu
 
-from model.backend import BLOCK_ROWS, FP8_ROWS
-from model.config import ModelConfig, Section
+from model.config import ComputeConfig, ModelConfig
 from model.parallel import ParallelConfig
 
 # Gradients want range where a whole tensor has one scale; blocks have range enough. Transformer Engine's own defaults.
@@ -24,46 +22,9 @@ FP8_FORMATS: dict[str, Literal["hybrid", "e4m3"]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-class ComputeConfig(Section):
-    """Precision, kernels and what memory is spent on."""
-
-    precision: Literal["bf16", "fp32", "fp8"] = Field(
-        default="bf16", description="of parameters and activations; fp8: bf16 whose layers multiply in 8 bits"
-    )
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
-        default="tensorwise", description="how 8-bit numbers are scaled; mxfp8 needs Blackwell"
-    )
-    bf16_edge_layers: int = Field(default=0, ge=0, description="first and last layers that stay bf16 under fp8")
-    attention: Literal["auto", "dense", "flash_attn", "torch_varlen", "block"] = "auto"
-    recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="selective: projectors and attention; full: layers keep their input only"
-    )
-    gradient_accumulation_fusion: bool = Field(default=False, description="weight gradients go into their buffer")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.bf16_edge_layers and self.precision == "fp8" and self.fp8_recipe == "delayed":
-            raise ValueError(
-                f"compute.bf16_edge_layers={self.bf16_edge_layers} needs layers that are scaled one by one, and "
-                "compute.fp8_recipe=delayed updates the scales of all at once; use another recipe, or no edge layers"
-            )
-        if self.recompute != "none" and self.precision == "fp8" and self.fp8_recipe == "delayed":
-            raise ValueError(
-                f"compute.recompute={self.recompute} with compute.fp8_recipe=delayed would update the scales at every "
-                "layer that is computed again; use another recipe, or compute.recompute=none"
-            )
-        return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What parameters and activations are stored in."""
-        return DTYPES[self.precision]
-
-    def kernel_rows(self, are_divided: bool) -> int:
-        """Returns what a linear layer's rows should be a multiple of; `are_divided`: by sequence parallelism."""
-        if self.precision != "fp8":
-            return 1
-        return BLOCK_ROWS if are_divided and self.fp8_recipe == "blockwise" else FP8_ROWS
+def compute_dtype(compute: ComputeConfig) -> torch.dtype:
+    """Returns what parameters and activations are stored in."""
+    return DTYPES[compute.precision]
 
 
 def build_transformer_config(
@@ -87,9 +48,9 @@ def build_transformer_config(
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=compute.dtype,
-        pipeline_dtype=compute.dtype,
-        bf16=compute.dtype == torch.bfloat16,
+        params_dtype=compute_dtype(compute),
+        pipeline_dtype=compute_dtype(compute),
+        bf16=compute_dtype(compute) == torch.bfloat16,
         fp8=FP8_FORMATS[compute.fp8_recipe] if fp8 else None,
         fp8_recipe=compute.fp8_recipe,
         fp8_amax_history_len=1024,

@@ -7,6 +7,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Phase = Literal["pretrain", "finetune"]
+"""Of training: stage 1 or stage 2 of the paper (a stage without more words is one of the pipeline)."""
+FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
+BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
+
 
 class Section(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error."""
@@ -69,6 +74,43 @@ class ModelConfig(Section):
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of features")
         return self
+
+
+class ComputeConfig(Section):
+    """Precision, kernels and what memory is spent on."""
+
+    precision: Literal["bf16", "fp32", "fp8"] = Field(
+        default="bf16", description="of parameters and activations; fp8: bf16 whose layers multiply in 8 bits"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
+        default="tensorwise", description="how 8-bit numbers are scaled; mxfp8 needs Blackwell"
+    )
+    bf16_edge_layers: int = Field(default=0, ge=0, description="first and last layers that stay bf16 under fp8")
+    attention: Literal["auto", "dense", "flash_attn", "torch_varlen", "block"] = "auto"
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="selective: projectors and attention; full: layers keep their input only"
+    )
+    gradient_accumulation_fusion: bool = Field(default=False, description="weight gradients go into their buffer")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.bf16_edge_layers and self.precision == "fp8" and self.fp8_recipe == "delayed":
+            raise ValueError(
+                f"compute.bf16_edge_layers={self.bf16_edge_layers} needs layers that are scaled one by one, and "
+                "compute.fp8_recipe=delayed updates the scales of all at once; use another recipe, or no edge layers"
+            )
+        if self.recompute != "none" and self.precision == "fp8" and self.fp8_recipe == "delayed":
+            raise ValueError(
+                f"compute.recompute={self.recompute} with compute.fp8_recipe=delayed would update the scales at every "
+                "layer that is computed again; use another recipe, or compute.recompute=none"
+            )
+        return self
+
+    def kernel_rows(self, are_divided: bool) -> int:
+        """Returns what a linear layer's rows should be a multiple of; `are_divided`: by sequence parallelism."""
+        if self.precision != "fp8":
+            return 1
+        return BLOCK_ROWS if are_divided and self.fp8_recipe == "blockwise" else FP8_ROWS
 
 
 def model_config_from_hf(config: Any) -> ModelConfig:

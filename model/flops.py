@@ -15,10 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from model.config import ModelConfig, VisionConfig
+from model.config import ModelConfig, Phase, VisionConfig
 from model.parallel import padded_vocab_size
 
-TrainingStage = Literal["pretrain", "finetune"]
 Recompute = Literal["none", "selective", "full"]
 STATISTICS_BYTES = 4  # of norms and of the softmax: fp32 in every precision
 
@@ -33,7 +32,7 @@ class ParameterCounts:
         embedding: the token embedding.
         head: the output layer; 0 where it is tied to the embedding.
         final_norm: the norm before the head.
-        num_trained: what the stage trains.
+        num_trained: what the phase trains.
     """
 
     projectors: int
@@ -49,8 +48,8 @@ class ParameterCounts:
         return self.projectors + self.layers + self.embedding + self.head + self.final_norm
 
 
-def parameter_counts(model: ModelConfig, stage: TrainingStage) -> ParameterCounts:
-    """Returns the parameters of a model and how many of them a stage trains.
+def parameter_counts(model: ModelConfig, phase: Phase) -> ParameterCounts:
+    """Returns the parameters of a model and how many of them a phase trains.
 
     Source: the shapes in `model.saisa`; which are trained: arXiv 2502.02458, section 4.
     """
@@ -60,7 +59,7 @@ def parameter_counts(model: ModelConfig, stage: TrainingStage) -> ParameterCount
     bias = queries + keys_values if model.qkv_bias else 0
     layer = 2 * d + d * (2 * queries + keys_values) + bias + 3 * d * model.ffn_hidden_size
     vocabulary = padded_vocab_size(model) * d
-    projectors = projector * (1 if stage == "pretrain" else model.num_layers)
+    projectors = projector * (1 if phase == "pretrain" else model.num_layers)
     counts = dict(
         projectors=projectors,
         layers=model.num_layers * layer,
@@ -68,7 +67,7 @@ def parameter_counts(model: ModelConfig, stage: TrainingStage) -> ParameterCount
         head=0 if model.tie_embeddings else vocabulary,
         final_norm=d,
     )
-    return ParameterCounts(**counts, num_trained=projectors if stage == "pretrain" else sum(counts.values()))
+    return ParameterCounts(**counts, num_trained=projectors if phase == "pretrain" else sum(counts.values()))
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def forward_flops[Count: (int, np.ndarray)](
     num_text: Count,
     num_visual: Count,
     num_targets: Count | None = None,
-    stage: TrainingStage = "finetune",
+    phase: Phase = "finetune",
 ) -> Count:
     """Returns the FLOPs of one sample's forward pass, or of each sample's for arrays.
 
@@ -126,14 +125,14 @@ def forward_flops[Count: (int, np.ndarray)](
     row passes the head, as when logits are asked for.
     """
     products = matrix_products(model, num_text, num_visual, num_text if num_targets is None else num_targets)
-    num_projectors = 1 if stage == "pretrain" else model.num_layers
+    num_projectors = 1 if phase == "pretrain" else model.num_layers
     projector = products.projector_in + products.projector_out
     layer = products.linear_q + products.linear_other + products.attention
     return num_projectors * projector + model.num_layers * layer + products.head
 
 
 def training_flops[Count: (int, np.ndarray)](
-    model: ModelConfig, stage: TrainingStage, num_text: Count, num_visual: Count, num_targets: Count
+    model: ModelConfig, phase: Phase, num_text: Count, num_visual: Count, num_targets: Count
 ) -> Count:
     """Returns the FLOPs of one sample's forward and backward pass, or of each sample's for arrays.
 
@@ -144,7 +143,7 @@ def training_flops[Count: (int, np.ndarray)](
     Source: PaLM (arXiv 2204.02311, appendix B) for what model FLOPs are, and 2 x forward for a backward pass.
     """
     p = matrix_products(model, num_text, num_visual, num_targets)
-    n, is_trained = model.num_layers, stage == "finetune"
+    n, is_trained = model.num_layers, phase == "finetune"
     num_projectors, passes = (n, 3) if is_trained else (1, 2)
     num_query_gradients = n if is_trained else n - 1
     projectors = num_projectors * (2 * p.projector_in + 3 * p.projector_out)
@@ -154,11 +153,9 @@ def training_flops[Count: (int, np.ndarray)](
     return projectors + queries + attention + passes * (n * p.linear_other + p.head)
 
 
-def stage_costs(
-    model: ModelConfig, stage: TrainingStage, num_text: int, num_visual: int, num_targets: int
-) -> tuple[int, int]:
+def stage_costs(model: ModelConfig, phase: Phase, num_text: int, num_visual: int, num_targets: int) -> tuple[int, int]:
     """Returns the FLOPs of one layer and of the head for a typical sample: what pipeline stages are evened out by."""
-    sizes = (stage, num_text, num_visual)
+    sizes = (phase, num_text, num_visual)
     one, two = (training_flops(model.model_copy(update={"num_layers": n}), *sizes, num_targets) for n in (1, 2))
     headless = training_flops(model.model_copy(update={"num_layers": 1}), *sizes, 0)
     return two - one, one - headless
@@ -201,7 +198,7 @@ class ActivationBytes:
 
 def activation_bytes(
     model: ModelConfig,
-    stage: TrainingStage,
+    phase: Phase,
     recompute: Recompute,
     num_text: int,
     num_visual: int,
@@ -223,7 +220,7 @@ def activation_bytes(
     d, f, e = model.hidden_size, model.ffn_hidden_size, element_bytes
     num_keys = num_text + num_visual
     num_gathered = num_keys if num_gathered_keys is None else num_gathered_keys
-    is_trained = stage == "finetune"
+    is_trained = phase == "finetune"
     queries, key_size = num_text * model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     norm = (d * e + STATISTICS_BYTES) * num_text  # its input and the scale of every row
 

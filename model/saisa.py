@@ -47,15 +47,15 @@ Rotary = tuple[Tensor, Tensor]
 class Projector(MegatronModule):
     """Turns vision features into the visual tokens of a layer: Linear, GELU, Linear (or one Linear, table 7)."""
 
-    def __init__(self, layers: LayerBuilder, model: ModelConfig) -> None:
-        super().__init__(layers.config)
-        self.tp_group, self.kind = layers.tp_group, model.projector
+    def __init__(self, builder: LayerBuilder, model: ModelConfig) -> None:
+        super().__init__(builder.config)
+        self.tp_group, self.kind = builder.tp_group, model.projector
         width, hidden = model.vision.hidden_size, model.hidden_size
         if self.kind == "mlp":  # every rank has all features, so the first layer need not gather rows
-            self.fc1 = layers.column_parallel(width, hidden, bias=True, whole_rows=True)
-            self.fc2 = layers.row_parallel(hidden, hidden, bias=True)
+            self.fc1 = builder.column_parallel(width, hidden, bias=True, whole_rows=True)
+            self.fc2 = builder.row_parallel(hidden, hidden, bias=True)
         else:
-            self.linear = layers.row_parallel(width, hidden, bias=True)
+            self.linear = builder.row_parallel(width, hidden, bias=True)
 
     def forward(self, features_IC: Tensor) -> Tensor:
         """Returns [I, D]; under sequence parallelism this rank's rows."""
@@ -68,15 +68,15 @@ class Projector(MegatronModule):
 class NaavitAttention(MegatronModule):
     """Self-attention whose queries are text and whose keys and values are images and text."""
 
-    def __init__(self, layers: LayerBuilder, model: ModelConfig, backend: str) -> None:
-        super().__init__(layers.config)
+    def __init__(self, builder: LayerBuilder, model: ModelConfig, backend: str) -> None:
+        super().__init__(builder.config)
         self.head_dim, self.backend = model.head_dim, backend
-        self.num_row_parts = layers.tp_group.size() if layers.config.sequence_parallel else 1
+        self.num_row_parts = builder.tp_group.size() if builder.config.sequence_parallel else 1
         query_size = model.num_attention_heads * model.head_dim
         kv_size = 2 * model.num_query_groups * model.head_dim
-        self.linear_q = layers.column_parallel(model.hidden_size, query_size, bias=model.qkv_bias)
-        self.linear_kv = layers.column_parallel(model.hidden_size, kv_size, bias=model.qkv_bias)
-        self.linear_proj = layers.row_parallel(query_size, model.hidden_size)
+        self.linear_q = builder.column_parallel(model.hidden_size, query_size, bias=model.qkv_bias)
+        self.linear_kv = builder.column_parallel(model.hidden_size, kv_size, bias=model.qkv_bias)
+        self.linear_proj = builder.row_parallel(query_size, model.hidden_size)
 
     def forward(self, text_TD: Tensor, visual_ID: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
         """Returns [T, D]: what each text token gathers from the images and text at or before it."""
@@ -102,14 +102,14 @@ class NaavitAttention(MegatronModule):
 class SaisaLayer(MegatronModule):
     """One decoder layer: text attends to its own images and text, then passes the FFN. Visual tokens do neither."""
 
-    def __init__(self, layers: LayerBuilder, model: ModelConfig, own_projector: bool, backend: str) -> None:
-        super().__init__(layers.config)
-        self.parts = layers
-        self.projector = Projector(layers, model) if own_projector else None
-        self.input_norm = layers.rms_norm()
-        self.attention = NaavitAttention(layers, model, backend)
-        self.post_attention_norm = layers.rms_norm()
-        self.mlp = layers.mlp(model.hidden_size)
+    def __init__(self, builder: LayerBuilder, model: ModelConfig, own_projector: bool, backend: str) -> None:
+        super().__init__(builder.config)
+        self.builder = builder
+        self.projector = Projector(builder, model) if own_projector else None
+        self.input_norm = builder.rms_norm()
+        self.attention = NaavitAttention(builder, model, backend)
+        self.post_attention_norm = builder.rms_norm()
+        self.mlp = builder.mlp(model.hidden_size)
 
     def forward(self, text_TD: Tensor, visual: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
         """Returns the next text states [T, D].
@@ -122,7 +122,7 @@ class SaisaLayer(MegatronModule):
             return self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
 
         if self.training and self.config.recompute_granularity == "selective":
-            text_TD = text_TD + self.parts.recomputed(attend, text_TD, visual)
+            text_TD = text_TD + self.builder.recomputed(attend, text_TD, visual)
         else:
             text_TD = text_TD + attend(text_TD, visual)
         return text_TD + self.mlp(self.post_attention_norm(text_TD))[0]
@@ -153,16 +153,16 @@ class SaisaModel(MegatronModule):
         )
         self.share_embeddings_and_output_weights = False  # over stages: tied embeddings are refused there
         self.input_tensor: Tensor | None = None
-        self.parts = layers = LayerBuilder(config, groups.tp)
-        self.embedding = layers.embedding(padded_vocab_size(model)) if stage.is_first else None
-        self.shared_projector = Projector(layers, model) if shared_projector else None
+        self.builder = builder = LayerBuilder(config, groups.tp)
+        self.embedding = builder.embedding(padded_vocab_size(model)) if stage.is_first else None
+        self.shared_projector = Projector(builder, model) if shared_projector else None
         self.layers = ModuleDict()  # by number in the whole model, so that names are the same at any split
         for number in stage.layers:
-            with layers.fp8_at_creation(number):
-                self.layers[str(number)] = SaisaLayer(layers, model, not shared_projector, attention_backend)
-        self.final_norm = layers.rms_norm() if stage.is_last else None
+            with builder.fp8_at_creation(number):
+                self.layers[str(number)] = SaisaLayer(builder, model, not shared_projector, attention_backend)
+        self.final_norm = builder.rms_norm() if stage.is_last else None
         self.output = (
-            layers.vocabulary_head(padded_vocab_size(model), tied=model.tie_embeddings) if stage.is_last else None
+            builder.vocabulary_head(padded_vocab_size(model), tied=model.tie_embeddings) if stage.is_last else None
         )
         if self.shared_projector is not None:
             for parameter in self.shared_projector.parameters():
@@ -192,12 +192,12 @@ class SaisaModel(MegatronModule):
         rotary_S1H = rotary_table(
             pack.key_positions_S, self.model.head_dim, self.model.rope_theta, self.config.params_dtype
         )
-        with self.parts.fp8_of_all():
+        with self.builder.fp8_of_all():
             visual = features_IC if self.shared_projector is None else self._project_once(features_IC)
             for number, layer in self.numbered_layers():
-                with self.parts.fp8_of_layer(number):
+                with self.builder.fp8_of_layer(number):
                     if self.training and self.config.recompute_granularity == "full":
-                        text_TD = self.parts.recomputed(layer, text_TD, visual, pack, rotary_S1H)
+                        text_TD = self.builder.recomputed(layer, text_TD, visual, pack, rotary_S1H)
                     else:
                         text_TD = layer(text_TD, visual, pack, rotary_S1H)
         return text_TD if self.final_norm is None else self.final_norm(text_TD)
@@ -251,7 +251,7 @@ class SaisaModel(MegatronModule):
 
     def _project_once(self, features_IC: Tensor) -> Tensor:
         assert self.shared_projector is not None
-        with self.parts.fp8_of_layer(self.model.num_layers // 2):  # on every stage the same, and no edge layer
+        with self.builder.fp8_of_layer(self.model.num_layers // 2):  # on every stage the same, and no edge layer
             return self.shared_projector(features_IC)
 
 

@@ -97,10 +97,10 @@ def key_ranges(
     lengths, counts = np.asarray(text_lengths, dtype=np.int64), np.asarray(image_counts, dtype=np.int64)
     sample_of_text = np.repeat(np.arange(len(lengths)), lengths)
     sample_of_image = np.repeat(np.arange(len(counts)), counts)
-    places = sample_of_image * SAMPLE_STRIDE + image_positions
-    assert (np.diff(places) > 0).all(), "the images of a sample stand in order"
+    sort_keys = sample_of_image * SAMPLE_STRIDE + image_positions
+    assert (np.diff(sort_keys) > 0).all(), "the images of a sample stand in order"
     # Of all images of the pack in order, how many stand before each token: whole samples, then images of its own.
-    images_before_T = np.searchsorted(places, sample_of_text * SAMPLE_STRIDE + positions_T)
+    images_before_T = np.searchsorted(sort_keys, sample_of_text * SAMPLE_STRIDE + positions_T)
     first_image, first_text = np.cumsum(counts) - counts, np.cumsum(lengths) - lengths
     return KeyRanges(
         visual_start_T=first_image[sample_of_text] * num_tokens_per_image,

@@ -24,18 +24,18 @@ import psutil
 import typer
 from rich.console import Console
 
-from data_prep.console import UsageError, run
+from common.console import UsageError, run
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
 from data_prep.shards import make_shards
 from orchestration.demo_report import print_scores, write_examples, write_loss_curve
 from orchestration.tiny_base import build_tiny_base, read_texts
+from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import load_config
-from pipeline.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import export
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.run_info import find_checkpoint
-from pipeline.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MADE = ("data", "base", "shards", "stage1", "stage2", "export")
@@ -54,7 +54,7 @@ def main(
     clear(out)
     with peak_memory() as memory:
         build_model(out, seed, num_train, num_test, console)
-        tell(console, 7, "held-out questions, with the picture and with a blank one", "pipeline.evaluate")
+        tell(console, 7, "held-out questions, with the picture and with a blank one", "pipeline.evaluation.evaluate")
         model, questions, images = out / "export", out / "data/test.json", out / "data/images"
         seeing, blind = (evaluate(model, questions, images, blind=blank) for blank in (False, True))
     seconds, peak = time.monotonic() - started, max(memory)
@@ -113,8 +113,8 @@ def build_model(out: Path, seed: int, num_train: int, num_test: int, console: Co
     tell(
         console, 4, "stage 1: one shared projector learns to caption", f"pipeline.train --config configs/{config.name}"
     )
-    places = [f"data.shards={out / 'shards/pretrain'}", f"run_dir={out / 'stage1'}"]
-    train(load_config(config, [*base, *places]))
+    overrides = [f"data.shards={out / 'shards/pretrain'}", f"run_dir={out / 'stage1'}"]
+    train(load_config(config, [*base, *overrides]))
 
     config = CONFIGS / "demo-stage2.yaml"
     tell(
@@ -123,8 +123,8 @@ def build_model(out: Path, seed: int, num_train: int, num_test: int, console: Co
         "stage 2: copies of it and the model learn to answer",
         f"pipeline.train --config configs/{config.name}",
     )
-    places = [f"data.shards={out / 'shards/finetune'}", f"run_dir={out / 'stage2'}"]
-    train(load_config(config, [*base, *places, f"init.projector={out / 'stage1'}"]))
+    overrides = [f"data.shards={out / 'shards/finetune'}", f"run_dir={out / 'stage2'}"]
+    train(load_config(config, [*base, *overrides, f"init.projector={out / 'stage1'}"]))
 
     tell(console, 6, "the checkpoint becomes a Hugging Face folder", "pipeline.export")
     export(find_checkpoint(out / "stage2"), out / "export")

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.questions import Answer, EvaluationResult
+from pipeline.evaluation.questions import Answer, EvaluationResult
 
 STAGES = (("Stage 1: one shared projector", "#2a6fb0"), ("Stage 2: all projectors and the LLM", "#b0442a"))
 MIN_PICTURE_PIXELS = 160

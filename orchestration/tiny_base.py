@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_prep.console import run
+from common.console import run
 from data_prep.json_rows import read_rows
 from model.hf.configuration_saisa import SaisaConfig
 from model.import_hf import compose_base
-from pipeline.templates import TEMPLATES, chat_template
+from pipeline.data.templates import TEMPLATES, chat_template
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 """With ids 0, 1, 2."""

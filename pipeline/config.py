@@ -1,6 +1,6 @@
 """One YAML file is one run. Defaults < YAML < `section.key=value` on the command line.
 
-    stage: pretrain
+    phase: pretrain
     model: models/saisa-vicuna-7b.yaml     # a section may be the path of a file, relative to this one
     init: {base: bases/vicuna-7b}
     data: {shards: data/llava-558k, template: plain, ...}
@@ -17,11 +17,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator, model_validator
 
-from data_prep.console import UsageError
-from model.compute import ComputeConfig
-from model.config import ModelConfig, Section
+from common.console import UsageError
+from model.config import ComputeConfig, ModelConfig, Phase, Section
 from model.parallel import ParallelConfig, check_split
-from pipeline.templates import TEMPLATES
+from pipeline.data.templates import TEMPLATES
 
 PROJECTOR_WORDS = ("random", "base")
 
@@ -39,14 +38,14 @@ class InitConfig(Section):
 class ShardSource(Section):
     """One shard set of a mixture."""
 
-    place: str = Field(description="folder or URL written by `make shards`")
+    location: str = Field(description="folder or URL written by `make shards`")
     repeat: float = Field(default=1.0, gt=0, description="how often an epoch brings each sample; 0.5: every other one")
 
 
 class DataConfig(Section):
     """Which samples, and how they become packs."""
 
-    shards: tuple[ShardSource, ...] = Field(min_length=1, description="a place, or a list of places with repeats")
+    shards: tuple[ShardSource, ...] = Field(min_length=1, description="a location, or a list of locations with repeats")
     cache: Path = Field(
         default=Path("runs/cache"), description="folder for token lengths and for shards from a URL: a fast local disk"
     )
@@ -68,7 +67,7 @@ class DataConfig(Section):
     @classmethod
     def _list_of_sources(cls, value: Any) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
-        return [{"place": str(item)} if isinstance(item, str | Path) else item for item in values]
+        return [{"location": str(item)} if isinstance(item, str | Path) else item for item in values]
 
 
 class OptimConfig(Section):
@@ -120,7 +119,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    stage: Literal["pretrain", "finetune"]
+    phase: Phase
     run_dir: Path
     model: ModelConfig
     init: InitConfig
@@ -135,7 +134,7 @@ class RunConfig(Section):
     @property
     def shared_projector(self) -> bool:
         """Whether one projector serves all layers, as in stage 1."""
-        return self.stage == "pretrain"
+        return self.phase == "pretrain"
 
     @property
     def row_multiple(self) -> int:
@@ -162,14 +161,14 @@ class RunConfig(Section):
                 f"data.max_text_tokens_per_pack={data.max_text_tokens_per_pack} must be at least "
                 f"data.max_positions={data.max_positions}: one sample may have that many text tokens"
             )
-        if self.stage == "pretrain" and self.init.projector != "random":
+        if self.phase == "pretrain" and self.init.projector != "random":
             raise ValueError(
-                f"init.projector={self.init.projector!r} is for stage: finetune; a pretrain starts a new one: "
+                f"init.projector={self.init.projector!r} is for phase: finetune; a pretrain starts a new one: "
                 "use init.projector=random"
             )
-        if self.stage == "finetune" and self.init.projector == "random":
+        if self.phase == "finetune" and self.init.projector == "random":
             raise ValueError(
-                "init.projector='random' is for stage: pretrain; a finetune starts from projectors: set init.projector "
+                "init.projector='random' is for phase: pretrain; a finetune starts from projectors: set init.projector "
                 "to the run folder of stage 1, or to 'base' if init.base is an exported checkpoint"
             )
         return self
@@ -204,8 +203,8 @@ def resolve_paths(config: RunConfig, root: Path) -> RunConfig:
     for section, key in (("init", "base"), ("data", "cache")):
         values[section][key] = root / values[section][key]
     for source in values["data"]["shards"]:
-        if "://" not in source["place"]:
-            source["place"] = str(root / source["place"])
+        if "://" not in source["location"]:
+            source["location"] = str(root / source["location"])
     if values["init"]["projector"] not in PROJECTOR_WORDS:
         values["init"]["projector"] = str(root / values["init"]["projector"])
     values["run_dir"] = root / values["run_dir"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from data_prep.console import UsageError
+from common.console import UsageError
 from model.cpu_backend import use_cpu_as_cuda
 from model.parallel import ParallelConfig
 
@@ -67,7 +67,7 @@ def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
         )
 
 
-def computed_once[Value](compute: Callable[[], Value]) -> Value:
+def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:
     """Returns on every rank what the first rank computes; the others wait.
 
     Raises:
@@ -95,7 +95,7 @@ def worker_context() -> ForkServerContext:
     A fork of a trainer would inherit the locks of its threads and its CUDA context; these fork from a clean server that
     has imported what they need.
     """
-    return fork_server(["pipeline.data"])
+    return fork_server(["pipeline.data.batches"])
 
 
 def fork_server(modules: list[str]) -> ForkServerContext:
@@ -111,7 +111,7 @@ def fork_server(modules: list[str]) -> ForkServerContext:
     return context
 
 
-def heed_only_the_trainer(worker: int = 0) -> None:
+def init_worker_signals(worker: int = 0) -> None:
     """Lets a process of the fork server end with the trainer, or by its SIGTERM, and by nobody else's.
 
     To stop a run, the signal is sent to its whole process group; then the trainer needs what it has asked its workers

@@ -14,16 +14,16 @@ import typer
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from data_prep.console import run
+from common.console import run
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf_folder import write_hf_folder
 from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
-from pipeline.checkpoint import load_trained_parameters
+from pipeline.checkpoint.checkpoint import load_trained_parameters
+from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info
 from pipeline.config import RunConfig
+from pipeline.data.templates import chat_template, end_of_answer
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.run_info import check_base, find_checkpoint, read_info
 from pipeline.start import load_image_processor
-from pipeline.templates import chat_template, end_of_answer
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -39,7 +39,7 @@ def export(checkpoint: Path, out: Path) -> None:
     initialize_distributed()
     trained = load_trained_parameters(checkpoint)
     shutdown_distributed()
-    if config.stage == "pretrain":
+    if config.phase == "pretrain":
         trained = dict(spread_shared_projector(trained, config.model.num_layers))
     tokenizer = AutoTokenizer.from_pretrained(base)
     write_hf_folder(

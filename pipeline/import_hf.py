@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 from typer import Option
 
-from data_prep.console import UsageError, run
+from common.console import UsageError, run
 from model.hf.configuration_saisa import PROJECTOR_TYPES
 from model.hf_source import load_tokenizer
 from model.import_hf import compose_base, convert_release
-from pipeline.templates import TEMPLATES, chat_template, end_of_answer
+from pipeline.data.templates import TEMPLATES, chat_template, end_of_answer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.console import UsageError
-from data_prep.files import write_whole
+from common.console import UsageError
+from common.files import write_whole
 from pipeline.config import LogConfig
-from pipeline.schedule import BatchCounts
+from pipeline.data.schedule import BatchCounts
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Which parameters a stage trains, and how: one explicit place for both.
+"""Which parameters a phase trains, and how: one explicit place for both.
 
-| stage    | trained                                   | frozen                            |
+| phase    | trained                                   | frozen                            |
 |----------|-------------------------------------------|-----------------------------------|
 | pretrain | the shared projector                      | the language model, the encoder   |
 | finetune | n projectors and the language model       | the encoder                       |
@@ -19,16 +19,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import Adam
 
 from model.backend import uses_transformer_engine
-from model.compute import DTYPES
+from model.compute import DTYPES, compute_dtype
+from model.config import Phase
 from model.saisa import SaisaModel
 from model.weights import SHARED
 from pipeline.config import OptimConfig, RunConfig
 
 
-def freeze(model: SaisaModel, stage: str) -> None:
-    """Freezes what a stage of training does not train."""
+def freeze(model: SaisaModel, phase: Phase) -> None:
+    """Freezes what a phase of training does not train."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage == "finetune" or name.startswith(SHARED))
+        parameter.requires_grad_(phase == "finetune" or name.startswith(SHARED))
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
@@ -63,8 +64,8 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
     Raises:
         ValueError: Moments in bf16 are asked for where there is no optimizer that keeps them so.
     """
-    optim, bf16 = config.optim, config.compute.dtype == torch.bfloat16
-    if optim.moments == "bf16" and not (bf16 and uses_transformer_engine(config.compute.dtype)):
+    optim, bf16 = config.optim, compute_dtype(config.compute) == torch.bfloat16
+    if optim.moments == "bf16" and not (bf16 and uses_transformer_engine(compute_dtype(config.compute))):
         raise ValueError(
             "optim.moments=bf16 needs a GPU, Transformer Engine (the extra `gpu`) and compute.precision=bf16 or fp8; "
             "use optim.moments=fp32"
@@ -78,7 +79,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         adam_eps=optim.adam_epsilon,
         clip_grad=optim.clip_grad_norm,
         bf16=bf16,
-        params_dtype=config.compute.dtype,
+        params_dtype=compute_dtype(config.compute),
         use_distributed_optimizer=True,
         use_precision_aware_optimizer=optim.moments == "bf16",
         store_param_remainders=False,  # checkpoints would take the 16 bits that a weight has beyond bf16 for the weight

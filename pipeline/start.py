@@ -20,9 +20,9 @@ from model.weights import (
     read_safetensors,
     spread_shared_projector,
 )
-from pipeline.checkpoint import load_trained_parameters
+from pipeline.checkpoint.checkpoint import load_trained_parameters
+from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info
 from pipeline.config import RunConfig
-from pipeline.run_info import check_base, find_checkpoint, read_info
 
 
 def base_model_config(base: Path) -> ModelConfig:
@@ -66,7 +66,7 @@ def _projectors(config: RunConfig) -> Iterator[Named]:
     checkpoint = find_checkpoint(Path(source))
     info = read_info(checkpoint)
     check_base(checkpoint, info, config.init.base)
-    if info["run"]["stage"] != "pretrain":
+    if info["run"]["phase"] != "pretrain":
         raise ValueError(
             f"init.projector={source}: holds a finetune, not a stage 1 run; export it and use it as init.base"
         )

@@ -11,19 +11,19 @@ from rich.console import Console
 
 from model.attention import check_backend, installed_kernels
 from model.backend import check_fp8, check_machine
-from model.compute import build_transformer_config
+from model.compute import build_transformer_config, compute_dtype
 from model.config import differences
 from model.flops import stage_costs
 from model.hf.vision_saisa import VisionTower
 from model.parallel import split_layers, stages_of_rank
 from model.saisa import SaisaModel
 from model.vision import flops_per_image, load_vision_tower
+from pipeline.checkpoint.run_info import RunInfo, describe_run
 from pipeline.config import RunConfig
-from pipeline.data import BatchSource, Reader, build_source, load_table, open_shards
-from pipeline.distributed import computed_once
-from pipeline.lengths import LengthTable
+from pipeline.data.batches import BatchSource, RankCoordinates, build_source, load_table, open_shards
+from pipeline.data.lengths import LengthTable
+from pipeline.distributed import broadcast_from_rank0
 from pipeline.optimizer import build_optimizer, freeze, wrap
-from pipeline.run_info import RunInfo, describe_run
 from pipeline.start import base_model_config, initial_parameters
 from pipeline.stop import STOP_FILE, StopRequest
 
@@ -58,7 +58,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         check_fp8(config.compute.fp8_recipe)
     if config.compute.attention != "auto":
         kernels, head_dim = installed_kernels(), config.model.head_dim
-        check_backend(config.compute.attention, device.type, config.compute.dtype, head_dim, kernels)
+        check_backend(config.compute.attention, device.type, compute_dtype(config.compute), head_dim, kernels)
     found = base_model_config(config.init.base)
     if differing := differences(config.model, found):
         raise ValueError(
@@ -66,13 +66,13 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     sets = open_shards(config)
-    table = computed_once(lambda: load_table(config, sets, Console(stderr=True)))
-    reader = Reader(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
-    source = build_source(config, sets, table, reader)
+    table = broadcast_from_rank0(lambda: load_table(config, sets, Console(stderr=True)))
+    coordinates = RankCoordinates(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
+    source = build_source(config, sets, table, coordinates)
     stages = build_stages(config, groups, layers_per_stage(config, table))
     for stage in stages:
         initial_parameters(config, stage, groups.tp)
-        freeze(stage, config.stage)
+        freeze(stage, config.phase)
         stage.to(device)
     wrapped = wrap(stages, groups)
     return TrainState(
@@ -82,7 +82,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         stages=stages,
         wrapped=wrapped,
         optimizer=build_optimizer(wrapped, config),
-        tower=load_vision_tower(config.init.base, config.compute.dtype, device),
+        tower=load_vision_tower(config.init.base, compute_dtype(config.compute), device),
         flops_per_image=flops_per_image(config.init.base, config.model.vision),
         source=source,
         run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
@@ -99,7 +99,7 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
     if parallel.layers_per_stage is not None:
         return parallel.layers_per_stage
     text, images, targets = (round(table.column(n).mean()) for n in ("num_text", "num_images", "num_targets"))
-    layer, head = stage_costs(model, config.stage, text, images * model.vision.num_tokens, targets)
+    layer, head = stage_costs(model, config.phase, text, images * model.vision.num_tokens, targets)
     return split_layers(layer, head, model.num_layers, parallel.num_stages)
 
 

@@ -9,9 +9,10 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from model.compute import compute_dtype
 from model.pack import Pack
 from model.vision import encode_together, rows_of_pack
-from pipeline.data import GlobalBatch
+from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
 from pipeline.optimizer import learning_rate
 from pipeline.state import TrainState
@@ -83,13 +84,13 @@ def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tens
 
     def encode(pixels_B3HW: Tensor) -> Tensor:
         pixels = state.source.image_processor.normalize(pixels_B3HW.to(state.device, non_blocking=True))
-        return state.tower(pixels.to(state.config.compute.dtype))
+        return state.tower(pixels.to(compute_dtype(state.config.compute)))
 
     packs = [micro_batch.pack for micro_batch in batch.micro_batches]
     share_B3HW = torch.cat([micro_batch.pixels_B3HW for micro_batch in batch.micro_batches])
     counts = [pack.num_images for pack in packs]
     vision = state.config.model.vision
-    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=state.config.compute.dtype)
+    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=compute_dtype(state.config.compute))
     if sum(counts):
         window = state.config.train.image_batch_size
         features_BPC = encode_together(encode, share_B3HW, sum(counts), window, state.groups.mp)

@@ -1,166 +1,18 @@
-"""Trains one stage of SAISA.
+"""Trains one phase of SAISA: stage 1 (`phase: pretrain`) or stage 2 (`phase: finetune`).
 
     torchrun --nproc-per-node 2 -m pipeline.train --config configs/demo-stage1.yaml train.max_steps=20
 
-The same command continues an interrupted run from its last checkpoint. `train()` is the table of contents.
+The same command continues an interrupted run from its last checkpoint. `pipeline.loop` is what it runs.
 """
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-from data_prep.console import run
-from data_prep.files import locked
-from data_prep.output import code_version
-from pipeline.checkpoint import choose_checkpoint, restore_checkpoint, set_aside_newer, sharded_state
-from pipeline.checkpoint_writer import CheckpointWriter
-from pipeline.config import RunConfig, load_config, to_yaml, with_resume
-from pipeline.data import GlobalBatch
-from pipeline.distributed import computed_once, initialize_distributed, shutdown_distributed
-from pipeline.metrics import MetricsLog, check_log
-from pipeline.state import TrainState, build
-from pipeline.step import train_step
-from pipeline.stop import STATUS, check_no_stop_file
-
-FEW_STEPS = 5  # what is hardly a training run
-
-
-def train(config: RunConfig) -> None:
-    """Runs a stage from its last checkpoint (or from its start) to its end.
-
-    Raises:
-        ValueError: the base, the shards or a checkpoint do not fit the configuration, or the loss is not finite.
-        SystemExit: it was asked to stop, and has saved; the status is that of a process which SIGTERM ended.
-    """
-    device = initialize_distributed(config.parallel)
-    computed_once(lambda: check_start(config))
-    state = build(config, device)
-    with owned(config.run_dir):
-        restore(state)
-        run_steps(state)
-    torch.distributed.barrier()  # a launcher that sees one process end with a status ends the others at once
-    shutdown_distributed()
-    if state.step < state.source.num_steps:
-        raise SystemExit(STATUS)
-
-
-def run_steps(state: TrainState) -> None:
-    """Fetches, steps, logs and saves until the run is at its end or somebody asks it to stop."""
-    config = state.config
-    with (
-        MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank()) as log,
-        state.stop,
-        checkpoint_writer(state, log) as writer,
-    ):
-        introduce(state, log)
-        for batch, wait_seconds in timed(state.source.batches(state.step)):
-            for problem in batch.problems:
-                log.say(problem)
-            log.step(train_step(state, batch, wait_seconds))
-            writer.poll()
-            if due(state):
-                writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
-            if state.is_stopping:
-                break
-        if state.step < state.source.num_steps:
-            first = f"remove {state.stop.file}, then " if state.stop.by_file() else ""
-            log.say(f"stopped after step {state.step}, as asked; {first}the same command goes on from there")
-
-
-@contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """Creates a run folder and keeps other runs out of it while the block runs.
-
-    Raises:
-        ValueError: Another run is in it.
-    """
-    with ExitStack() as held:
-        computed_once(lambda: held.enter_context(locked(run_dir)))
-        yield
-
-
-def check_start(config: RunConfig) -> None:
-    """Makes sure, before anything takes time, that a run can report and that nobody wants it stopped.
-
-    Raises:
-        ValueError: It cannot, or somebody does.
-    """
-    check_log(config.log)
-    check_no_stop_file(config.run_dir)
-
-
-def restore(state: TrainState) -> None:
-    """Takes up the run where its checkpoints say, if it has any.
-
-    Raises:
-        ValueError: The checkpoint is damaged or of another run.
-    """
-    config = state.config
-    checkpoint = choose_checkpoint(config.run_dir, config.checkpoint.resume)
-    if checkpoint is None:
-        return
-    state.step = restore_checkpoint(checkpoint, state.run, state.stages, state.optimizer, state.groups)
-    for folder in computed_once(lambda: set_aside_newer(checkpoint)):
-        if _is_first_rank():
-            print(f"renamed to {folder}: this run goes on from {checkpoint.name}", flush=True)
-
-
-def due(state: TrainState) -> bool:
-    """Whether the step that has just ended is one to save after."""
-    is_last = state.step == state.source.num_steps
-    return state.step % state.config.checkpoint.save_every_steps == 0 or is_last or state.is_stopping
-
-
-def checkpoint_writer(state: TrainState, log: MetricsLog) -> CheckpointWriter:
-    """Returns what writes this run's checkpoints."""
-    settings = state.config.checkpoint
-    extra = {"config": state.config.model_dump(mode="json"), "code": code_version()}
-    return CheckpointWriter(state.config.run_dir, state.run, extra, settings.keep_last, settings.in_background, log.say)
-
-
-def introduce(state: TrainState, log: MetricsLog) -> None:
-    """Says what is about to happen and stores the resolved configuration in the run folder."""
-    computed_once(lambda: (state.config.run_dir / "config.yaml").write_text(to_yaml(state.config)))
-    parameters = {name: p for stage in state.stages for name, p in stage.named_parameters()}
-    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    here = " on this process" if state.groups.mp.size() > 1 else ""
-    log.say(
-        f"{state.config.stage}: training {sum(parameters[name].numel() for name in trained):,} of "
-        f"{sum(p.numel() for p in parameters.values()):,} parameters{here} ({len(trained)} tensors, {trained[0]} ... "
-        f"{trained[-1]}); the vision encoder is frozen"
-    )
-    log.say(
-        f"{state.source.schedule.num_drawn:,} samples an epoch, {state.source.num_steps:,} steps of "
-        f"{state.config.train.global_batch_size} on {state.groups.dp.size()} data-parallel ranks, "
-        f"from step {state.step}; run folder {state.config.run_dir}"
-    )
-    if 0 < state.source.num_steps < FEW_STEPS:
-        log.say(
-            f"only {state.source.num_steps} steps; with so few samples, lower train.global_batch_size or raise "
-            "train.num_epochs, or there is hardly any training"
-        )
-    if state.step == state.source.num_steps:
-        log.say("this run is finished; set another run_dir to train again")
-
-
-def timed(batches: Iterator[GlobalBatch]) -> Iterator[tuple[GlobalBatch, float]]:
-    """Yields each batch and the seconds the loop waited for it."""
-    while True:
-        started = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - started
-
-
-def _is_first_rank() -> bool:
-    return torch.distributed.get_rank() == 0
+from common.console import run
+from pipeline.config import load_config, to_yaml, with_resume
 
 
 def main(
@@ -169,11 +21,13 @@ def main(
     resume: Annotated[Literal["auto", "previous"] | None, typer.Option(help="short for checkpoint.resume=...")] = None,
     print_config: Annotated[bool, typer.Option(help="print the resolved configuration and exit")] = False,
 ) -> None:
-    """Trains one stage of SAISA."""
+    """Trains one phase of SAISA."""
     resolved = load_config(config, with_resume(overrides, resume))
     if print_config:
         sys.stdout.write(to_yaml(resolved))
         return
+    from pipeline.loop import train  # takes seconds: not before the configuration is known to be right
+
     train(resolved)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import typer
 from typer.testing import CliRunner
 
-from data_prep.console import command
+from common.console import command
 
 
 def run_command(main: Callable[..., None], *arguments: object) -> tuple[int, str]:

@@ -60,7 +60,7 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
 
 def with_trainer() -> ForkServerContext:
     """Returns what starts processes that have imported the trainer already."""
-    return fork_server(["tests.no_gpu", "pipeline.train", "tests.world"])
+    return fork_server(["tests.no_gpu", "pipeline.loop", "tests.world"])
 
 
 def new_store() -> TCPStore:

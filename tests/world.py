@@ -11,8 +11,8 @@ from data_prep.shapes import write_dataset
 from model.import_hf import compose_base
 from orchestration.tiny_base import PHRASES, build_tiny_clip, build_tiny_llm, read_texts, train_tokenizer
 from pipeline.config import RunConfig, load_config
-from pipeline.templates import chat_template
-from pipeline.train import train
+from pipeline.data.templates import chat_template
+from pipeline.loop import train
 from tests.shard_sets import shard_here
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -7,7 +7,7 @@ Every one generates its input in a temporary folder (set TMPDIR to choose the di
 import typer
 
 from benchmarks.shards import decode, plan, scale, shrink, write
-from data_prep.console import command
+from common.console import command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 for module in (write, decode, scale, plan, shrink):

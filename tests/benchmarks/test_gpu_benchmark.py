@@ -5,8 +5,7 @@ import torch
 import yaml
 
 from benchmarks import gpu
-from model.compute import ComputeConfig
-from model.config import ModelConfig
+from model.config import ComputeConfig, ModelConfig
 from model.flops import training_flops
 
 FP32, CPU = ComputeConfig(precision="fp32"), torch.device("cpu")

@@ -12,8 +12,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from common.files import locked, open_location, whole_file, write_whole
 from data_prep import runner
-from data_prep.files import locked, open_place, whole_file, write_whole
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from tests.kills import (
@@ -125,7 +125,7 @@ def test_a_full_disk_is_named_and_room_is_all_it_takes(calm, tmp_path: Path) -> 
 def test_a_file_that_cannot_grow_is_named_and_its_predecessor_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_whole(path, b"old")
-    store = open_place("memory://faults/a.tar")
+    store = open_location("memory://faults/a.tar")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:

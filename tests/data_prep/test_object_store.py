@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_prep.files import open_place
+from common.files import open_location
 from data_prep.plan import Settings
 from data_prep.shards import main, make_shards
 from data_prep.zip_images import ZipDirectory
@@ -81,9 +81,9 @@ def test_a_bucket_gives_the_same_shards_as_a_folder(whole, shard, s3: Bucket) ->
 
 
 def test_a_zip_takes_two_reads_to_open(source, s3: Bucket) -> None:
-    place = open_place(f"{s3.url}/deep.zip")
+    location = open_location(f"{s3.url}/deep.zip")
     with s3.server.watched() as requests:
-        directory = ZipDirectory(place)
+        directory = ZipDirectory(location)
     assert [request.method for request in requests] == ["HEAD", "GET", "GET"]
     assert directory.find("1.jpg") and not directory.find("2.jpg")
 
@@ -129,25 +129,25 @@ run_cli = partial(run_command, main)
 
 
 @pytest.mark.parametrize(
-    ("option", "place", "named"),
+    ("option", "template", "named"),
     [
-        ("--data", "s3://no-such-bucket/rows.json", "{place} cannot be reached: there is no bucket of this name"),
-        ("--images", "s3://no-such-bucket", "{place} cannot be reached: there is no bucket of this name"),
-        ("--out", "s3://no-such-bucket/out", "{place} cannot be reached: there is no bucket of this name"),
-        ("--data", "{bucket}/no-such.json", "{place}: The specified key does not exist."),
-        ("--data", "{bucket}/broken.json", "{place} is not a list of rows in JSON: the file ends inside the array"),
-        ("--images", "{bucket}/none", "--images {place} lists no files; give a URL that can be listed"),
-        ("--images", "{bucket}/rows.json", "--images {place} is not a readable zip file"),
-        ("--out", "none://out", "{place} cannot be reached: Unsupported filesystem: 'none'"),
-        ("--out", "no-such-kind://out", "{place} cannot be reached: there is no such kind of URL"),
+        ("--data", "s3://no-such-bucket/rows.json", "{location} cannot be reached: there is no bucket of this name"),
+        ("--images", "s3://no-such-bucket", "{location} cannot be reached: there is no bucket of this name"),
+        ("--out", "s3://no-such-bucket/out", "{location} cannot be reached: there is no bucket of this name"),
+        ("--data", "{bucket}/no-such.json", "{location}: The specified key does not exist."),
+        ("--data", "{bucket}/broken.json", "{location} is not a list of rows in JSON: the file ends inside the array"),
+        ("--images", "{bucket}/none", "--images {location} lists no files; give a URL that can be listed"),
+        ("--images", "{bucket}/rows.json", "--images {location} is not a readable zip file"),
+        ("--out", "none://out", "{location} cannot be reached: Unsupported filesystem: 'none'"),
+        ("--out", "no-such-kind://out", "{location} cannot be reached: there is no such kind of URL"),
     ],
 )
-def test_what_is_not_there_is_named(source, s3: Bucket, option: str, place: str, named: str) -> None:
+def test_what_is_not_there_is_named(source, s3: Bucket, option: str, template: str, named: str) -> None:
     s3.put("broken.json", b'[{"id": "a"}')
-    place = place.format(bucket=s3.url)
-    arguments = {"--data": source[0], "--images": source[1][1], "--out": f"{s3.url}/out"} | {option: place}
+    location = template.format(bucket=s3.url)
+    arguments = {"--data": source[0], "--images": source[1][1], "--out": f"{s3.url}/out"} | {option: location}
     status, said = run_cli(*(argument for pair in arguments.items() for argument in pair))
-    assert status == 1 and said.splitlines()[-1].startswith(f"error: {named.format(place=place)}")
+    assert status == 1 and said.splitlines()[-1].startswith(f"error: {named.format(location=location)}")
     assert not s3.files("out")
 
 

@@ -1,10 +1,10 @@
-"""The plan is a pure function: every fit row once, the same places for ever, shards filled to their size."""
+"""The plan is a pure function: every fit row once, the same positions for ever, shards filled to their size."""
 
 from array import array
 
 import pytest
 
-from data_prep.console import UsageError
+from common.console import UsageError
 from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
 from data_prep.plan import (
@@ -50,9 +50,9 @@ def test_shards_are_cut_at_ten_bytes(sizes: list[int], expected: list[range]) ->
 def test_every_place_is_in_exactly_one_shard() -> None:
     scan = Scan(indices=array("q", range(100)), sample_bytes=array("q", [37 * i % 101 + 1 for i in range(100)]))
     plan = build_plan(scan, Settings(shard_bytes=500))
-    places = [place for shard in plan.shards for place in shard]
-    assert places == list(range(100)) and len(plan.shards) > 5
-    totals = [sum(scan.sample_bytes[plan.order[place]] for place in shard) for shard in plan.shards]
+    positions = [position for shard in plan.shards for position in shard]
+    assert positions == list(range(100)) and len(plan.shards) > 5
+    totals = [sum(scan.sample_bytes[plan.order[position]] for position in shard) for shard in plan.shards]
     assert max(totals) <= 500 and min(totals[:-1]) > 500 - 101
 
 
@@ -119,7 +119,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, named: str) -> 
 
 
 def test_keys_sort_as_they_count_and_hold_no_dot() -> None:
-    keys = [sample_key(place) for place in (0, 9, 10, 665_297, 999_999_999)]
+    keys = [sample_key(position) for position in (0, 9, 10, 665_297, 999_999_999)]
     assert keys == sorted(keys) and len({len(key) for key in keys}) == 1 and not any("." in key for key in keys)
 
 

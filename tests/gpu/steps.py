@@ -9,9 +9,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig, VisionConfig
-from model.flops import TrainingStage
+from model.compute import build_transformer_config, compute_dtype
+from model.config import ComputeConfig, ModelConfig, VisionConfig
+from model.flops import Phase
 from model.pack import IGNORE_INDEX, Pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
@@ -56,9 +56,9 @@ def random_inputs(name: str) -> tuple[Pack, Tensor]:
     return replace(pack, token_ids_T=tokens, targets_T=targets), features
 
 
-def build_model(compute: ComputeConfig, stage: TrainingStage, device: torch.device) -> SaisaModel:
-    """Returns a whole model that trains what a stage trains, with random weights, the same on every machine."""
-    shared = stage == "pretrain"
+def build_model(compute: ComputeConfig, phase: Phase, device: torch.device) -> SaisaModel:
+    """Returns a whole model that trains what a phase trains, with random weights, the same on every machine."""
+    shared = phase == "pretrain"
     config = build_transformer_config(MODEL, compute, ParallelConfig(), shared)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SaisaModel(MODEL, config, groups, Stage(0, 1, range(MODEL.num_layers)), shared, compute.attention)
@@ -68,19 +68,19 @@ def build_model(compute: ComputeConfig, stage: TrainingStage, device: torch.devi
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
             random = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(random if parameter.dim() > 1 else 1 + random)
-    freeze(model, stage)
+    freeze(model, phase)
     return model.to(device)
 
 
-def step(compute: ComputeConfig, stage: TrainingStage, device: torch.device, pack: str = "images") -> dict[str, Tensor]:
-    """Returns the losses of a pack and the gradient of every parameter that the stage trains, in fp32 on the CPU."""
-    model = build_model(compute, stage, device)
+def step(compute: ComputeConfig, phase: Phase, device: torch.device, pack: str = "images") -> dict[str, Tensor]:
+    """Returns the losses of a pack and the gradient of every parameter that the phase trains, in fp32 on the CPU."""
+    model = build_model(compute, phase, device)
     inputs, features_IC = random_inputs(pack)
     # FP8 in its third pass: delayed scaling knows no sizes before it has seen them, forward and backward.
     for _ in range(3 if compute.precision == "fp8" else 1):
         model.zero_grad()
         model.set_is_first_microbatch()  # as megatron-core's schedule does; FP8 weights are made anew
-        losses = model(inputs.to(device), features_IC.to(device, compute.dtype))
+        losses = model(inputs.to(device), features_IC.to(device, compute_dtype(compute)))
         losses.sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, gradient in gradients.items() if gradient is None]

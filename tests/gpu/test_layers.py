@@ -13,8 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._dynamo.utils import counters
 
 from model.attention import installed_kernels
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig
+from model.compute import build_transformer_config
+from model.config import ComputeConfig, ModelConfig
 from model.flops import parameter_counts
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
@@ -23,12 +23,12 @@ from tests.gpu.steps import BF16_BOUNDS, FP8_BOUNDS, assert_close, build_model, 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("megatron")]
 
-STAGES = ["pretrain", "finetune"]
+PHASES = ["pretrain", "finetune"]
 RECIPES = ["tensorwise", "blockwise", "delayed", "mxfp8"]
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 ON_CPU = """
 import sys, torch
-from model.compute import ComputeConfig
+from model.config import ComputeConfig
 from pipeline.distributed import initialize_distributed
 from tests.gpu.steps import step
 device = initialize_distributed()
@@ -46,25 +46,25 @@ def test_fp32_is_that_of_the_cpu(gpu, tmp_path):
     assert_close(found, exact, losses=1e-5, gradients=1e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("pack", ["images", "text only", "no visual rows"])
 @pytest.mark.parametrize("attention", ["dense", "torch_varlen", "flash_attn", "block"])
-def test_bf16_is_near_fp32(attention, pack, stage, gpu):
+def test_bf16_is_near_fp32(attention, pack, phase, gpu):
     need_transformer_engine()
     if attention not in installed_kernels():
         pytest.skip(f"needs {attention}: the package is not installed")
-    exact = step(ComputeConfig(precision="fp32", attention="dense"), stage, gpu, pack)
-    found = step(ComputeConfig(precision="bf16", attention=attention), stage, gpu, pack)
+    exact = step(ComputeConfig(precision="fp32", attention="dense"), phase, gpu, pack)
+    found = step(ComputeConfig(precision="bf16", attention=attention), phase, gpu, pack)
     assert_close(found, exact, **BF16_BOUNDS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("pack", ["images", "text only"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_is_near_bf16(recipe, pack, stage, gpu):
+def test_fp8_is_near_bf16(recipe, pack, phase, gpu):
     need_recipe(recipe)
-    exact = step(ComputeConfig(precision="bf16"), stage, gpu, pack)
-    found = step(ComputeConfig(precision="fp8", fp8_recipe=recipe), stage, gpu, pack)
+    exact = step(ComputeConfig(precision="bf16"), phase, gpu, pack)
+    found = step(ComputeConfig(precision="fp8", fp8_recipe=recipe), phase, gpu, pack)
     assert_close(found, exact, **FP8_BOUNDS)
     assert not torch.equal(found["losses"], exact["losses"]), "nothing was multiplied in 8 bits"
 
@@ -77,18 +77,18 @@ def test_edge_layers_stay_bf16(gpu):
     assert_close(found, exact, losses=1e-3, gradients=1e-2)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "tensorwise", "blockwise"])
-def test_computing_again_changes_nothing(precision, recompute, stage, gpu):
+def test_computing_again_changes_nothing(precision, recompute, phase, gpu):
     if precision == "bf16":
         need_transformer_engine()
         compute = ComputeConfig(precision="bf16", attention="dense")
     else:
         need_recipe(precision)
         compute = ComputeConfig(precision="fp8", fp8_recipe=precision, attention="dense")
-    exact = step(compute, stage, gpu)
-    found = step(compute.model_copy(update={"recompute": recompute}), stage, gpu)
+    exact = step(compute, phase, gpu)
+    found = step(compute.model_copy(update={"recompute": recompute}), phase, gpu)
     # The same kernels on the same numbers, but for sums whose order a GPU does not fix, once rounded to bf16.
     assert_close(found, exact, losses=1e-6, gradients=2e-2)
 
@@ -113,18 +113,18 @@ def test_nothing_is_compiled(precision, gpu):
     assert not counters["frames"], dict(counters["frames"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_7b_is_built_without_memory(stage, gpu):
+@pytest.mark.parametrize("phase", PHASES)
+def test_7b_is_built_without_memory(phase, gpu):
     need_transformer_engine()
     sizes = ModelConfig.model_validate(yaml.safe_load((MODELS / "saisa-vicuna-7b.yaml").read_text()))
-    shared = stage == "pretrain"
+    shared = phase == "pretrain"
     config = build_transformer_config(sizes, ComputeConfig(precision="bf16"), ParallelConfig(), shared)
     config = replace(config, init_model_with_meta_device=True)  # Transformer Engine's way to say so
     groups = ProcessGroupCollection.use_mpu_process_groups()
     before = torch.cuda.memory_allocated()
     with torch.device("meta"):
         model = SaisaModel(sizes, config, groups, Stage(0, 1, range(sizes.num_layers)), shared)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_counts(sizes, stage).total
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_counts(sizes, phase).total
     assert {parameter.device.type for parameter in model.layers.parameters()} == {"meta"}
     # Megatron-core's own classes know no meta device on a GPU: the embedding and the head are there.
     vocabulary_bytes = 2 * 2 * sizes.vocab_size * sizes.hidden_size

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.shapes import write_dataset
+from pipeline.checkpoint.run_info import latest_checkpoint
 from pipeline.config import load_config
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.run_info import latest_checkpoint
-from pipeline.train import train
 from tests.gpu.needs import need_recipe, need_transformer_engine
 from tests.world import SIZES, World, build_world
 
@@ -28,7 +28,7 @@ GPU_SIZES = SIZES | {
     "head_dim": 64,
     "vision.hidden_size": 128,
 }
-STAGES = ["pretrain", "finetune"]
+PHASES = ["pretrain", "finetune"]
 RECIPES = {"pretrain": ("demo-stage1", 1e-2), "finetune": ("demo-stage2", 1e-3)}
 # Relative, of the losses and gradient norms of six steps. Bf16 against fp32 on a CPU: 0.0015 and 0.014.
 BF16_BOUNDS = {"loss": 0.01, "grad_norm": 0.05}
@@ -39,17 +39,17 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Returns a function that trains a stage, once for the same settings, and returns its folder."""
+    """Returns a function that trains a phase, once for the same settings, and returns its folder."""
     root, number = tmp_path_factory.mktemp("gpu"), count()
     write_dataset(root / "data", num_train=60, num_test=8, seed=0, image_size=64)
     world: World = build_world(root, GPU_SIZES)
 
     @cache
-    def run(stage: str, **changes: object) -> Path:
-        recipe, rate = RECIPES[stage]
-        # Every stage 2 begins with the same projector.
-        start = {"init__projector": run("pretrain", compute__precision="fp32")} if stage == "finetune" else {}
-        folder = root / "runs" / f"{next(number)}-{stage}"
+    def run(phase: str, **changes: object) -> Path:
+        recipe, rate = RECIPES[phase]
+        # Every phase 2 begins with the same projector.
+        start = {"init__projector": run("pretrain", compute__precision="fp32")} if phase == "finetune" else {}
+        folder = root / "runs" / f"{next(number)}-{phase}"
         train(world.config(recipe, folder, optim__learning_rate=rate, **start, **changes))
         return folder
 
@@ -66,22 +66,22 @@ def assert_near(folder: Path, exact: Path, loss: float, grad_norm: float) -> Non
     assert fall > 2 * loss * theirs[-1]["loss"], "too little was learned for the comparison to mean anything"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_bf16_trains_like_fp32(stage, run):
+@pytest.mark.parametrize("phase", PHASES)
+def test_bf16_trains_like_fp32(phase, run):
     need_transformer_engine()
-    bf16, fp32 = (run(stage, compute__precision=precision) for precision in ("bf16", "fp32"))
+    bf16, fp32 = (run(phase, compute__precision=precision) for precision in ("bf16", "fp32"))
     assert_near(bf16, fp32, **BF16_BOUNDS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed", "mxfp8"])
-def test_fp8_trains_like_bf16(recipe, stage, run):
+def test_fp8_trains_like_bf16(recipe, phase, run):
     need_recipe(recipe)
-    fp8 = run(stage, compute__precision="fp8", compute__fp8_recipe=recipe)
-    assert_near(fp8, run(stage, compute__precision="bf16"), **FP8_BOUNDS)
+    fp8 = run(phase, compute__precision="fp8", compute__fp8_recipe=recipe)
+    assert_near(fp8, run(phase, compute__precision="bf16"), **FP8_BOUNDS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -92,11 +92,11 @@ def test_fp8_trains_like_bf16(recipe, stage, run):
     ],
     ids=str,
 )
-def test_memory_and_padding_change_nothing(changes, stage, run):
+def test_memory_and_padding_change_nothing(changes, phase, run):
     """Several packs a step, so that gradients accumulate; frozen weights have none to accumulate."""
     need_transformer_engine()
     compute = {"compute__precision": "bf16", "data__max_images_per_pack": 3}
-    assert_near(run(stage, **compute, **changes), run(stage, **compute), loss=2e-3, grad_norm=0.02)
+    assert_near(run(phase, **compute, **changes), run(phase, **compute), loss=2e-3, grad_norm=0.02)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_memory_and_padding_change_nothing(changes, stage, run):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_from_its_checkpoint(stage, changes, run, tmp_path):
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_goes_on_from_its_checkpoint(phase, changes, run, tmp_path):
     """The optimizer is Transformer Engine's here, with moments and step counts of its own; so are delayed scales."""
     need_recipe("tensorwise")
     keep = {"checkpoint__save_every_steps": 3, "checkpoint__keep_last": 9}
-    whole = run(stage, **changes, **keep)
+    whole = run(phase, **changes, **keep)
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     last = latest_checkpoint(tmp_path)
     assert last is not None and last.name == "step-00000006"

@@ -19,7 +19,7 @@ from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
 from model.hf_source import read_checkpoint
 from model.import_hf import compose_base
-from pipeline.templates import chat_template
+from pipeline.data.templates import chat_template
 from tests.hf_compat.tiny import save_llm, save_vision
 
 KINDS = {"llama-clip": ("llama", "clip", "mlp"), "qwen2-siglip": ("qwen2", "siglip", "linear")}

@@ -17,7 +17,7 @@ def pack_of(
     num_text_padding: int = 0,
     num_visual_padding: int = 0,
 ) -> Pack:
-    """Returns the samples in one pack, filled up as `pipeline.data.build_pack` does."""
+    """Returns the samples in one pack, filled up as `pipeline.data.batches.build_pack` does."""
     positions, image_positions = [], []
     for segments in layouts:
         at = 0

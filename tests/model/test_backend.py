@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from model import backend
 from model.backend import check_fp8, check_machine
-from model.compute import ComputeConfig, build_transformer_config
+from model.compute import build_transformer_config
+from model.config import ComputeConfig
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from tests.gpu.steps import BF16_BOUNDS, MODEL, assert_close, random_inputs, step
@@ -16,12 +17,12 @@ from tests.gpu.steps import BF16_BOUNDS, MODEL, assert_close, random_inputs, ste
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
 @pytest.mark.parametrize("pack", ["images", "text only", "no visual rows"])
-def test_bf16_is_near_fp32(pack, stage, megatron):
+def test_bf16_is_near_fp32(pack, phase, megatron):
     """The comparison of the GPU tests, with the bounds they use."""
-    exact = step(ComputeConfig(precision="fp32"), stage, CPU, pack)
-    assert_close(step(ComputeConfig(precision="bf16"), stage, CPU, pack), exact, **BF16_BOUNDS)
+    exact = step(ComputeConfig(precision="fp32"), phase, CPU, pack)
+    assert_close(step(ComputeConfig(precision="bf16"), phase, CPU, pack), exact, **BF16_BOUNDS)
 
 
 def test_those_bounds_see_a_wrong_gradient(megatron):

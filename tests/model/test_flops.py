@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 import model.attention
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig, VisionConfig
+from model.compute import build_transformer_config
+from model.config import ComputeConfig, ModelConfig, VisionConfig
 from model.flops import (
-    TrainingStage,
+    Phase,
     activation_bytes,
     encoder_forward_flops,
     forward_flops,
@@ -31,21 +31,21 @@ from tests.model.reference import reference_logits
 from tests.model.test_saisa import LAYOUTS, V, random_pack, random_weights, tiny
 from tests.model.varlen import varlen_reference
 
-STAGES = ["pretrain", "finetune"]
+PHASES = ["pretrain", "finetune"]
 SIZES = [{}, {"num_query_groups": 1}, {"projector": "linear"}, {"qkv_bias": True}, {"tie_embeddings": True}]
 
 
-def model_of_stage(config: ModelConfig, stage: TrainingStage, recompute: str = "none") -> SaisaModel:
-    """The model with random weights, frozen as the stage wants."""
+def model_of_stage(config: ModelConfig, phase: Phase, recompute: str = "none") -> SaisaModel:
+    """The model with random weights, frozen as the phase wants."""
     compute = ComputeConfig.model_validate({"precision": "fp32", "recompute": recompute})
-    transformer = build_transformer_config(config, compute, ParallelConfig(), stage == "pretrain")
+    transformer = build_transformer_config(config, compute, ParallelConfig(), phase == "pretrain")
     groups = ProcessGroupCollection.use_mpu_process_groups()
     whole = Stage(0, 1, range(config.num_layers))
-    saisa = SaisaModel(config, transformer, groups, whole, stage == "pretrain")
+    saisa = SaisaModel(config, transformer, groups, whole, phase == "pretrain")
     generator = torch.Generator().manual_seed(0)
     for parameter in saisa.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    freeze(saisa, stage)
+    freeze(saisa, phase)
     return saisa
 
 
@@ -73,29 +73,29 @@ def test_forward_flops_equal_those_of_the_reference():
 
 
 @pytest.mark.parametrize("changes", SIZES, ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_training_flops_equal_those_of_the_model(stage, changes, megatron):
+@pytest.mark.parametrize("phase", PHASES)
+def test_training_flops_equal_those_of_the_model(phase, changes, megatron):
     config = tiny(**changes)
-    saisa = model_of_stage(config, stage)
+    saisa = model_of_stage(config, phase)
     pack, features = random_pack(config, LAYOUTS)
     text, visual, targets = sample_sizes(pack)
     assert targets.sum() < text.sum()
 
     with torch.no_grad():
-        assert forward_flops(config, text, visual, targets, stage).sum() == counted(lambda: saisa(pack, features))
+        assert forward_flops(config, text, visual, targets, phase).sum() == counted(lambda: saisa(pack, features))
     found = counted(lambda: saisa(pack, features).sum().backward())
     # Megatron-core's own linear layers make the gradient of the frozen features too, which nobody asked for.
     projector_in = 2 * visual.sum() * config.vision.hidden_size * config.hidden_size
-    unused = projector_in * (1 if stage == "pretrain" else config.num_layers)
-    assert training_flops(config, stage, text, visual, targets).sum() + unused == found
+    unused = projector_in * (1 if phase == "pretrain" else config.num_layers)
+    assert training_flops(config, phase, text, visual, targets).sum() + unused == found
 
 
 @pytest.mark.parametrize("changes", SIZES, ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_parameter_counts_equal_those_of_the_model(stage, changes, megatron):
-    saisa = model_of_stage(tiny(**changes), stage)
+@pytest.mark.parametrize("phase", PHASES)
+def test_parameter_counts_equal_those_of_the_model(phase, changes, megatron):
+    saisa = model_of_stage(tiny(**changes), phase)
     sizes = {name: parameter.numel() for name, parameter in saisa.named_parameters()}
-    counts = parameter_counts(tiny(**changes), stage)
+    counts = parameter_counts(tiny(**changes), phase)
     assert counts.total == sum(sizes.values())
     assert counts.num_trained == sum(p.numel() for p in saisa.parameters() if p.requires_grad)
     assert counts.projectors == sum(size for name, size in sizes.items() if "projector" in name)
@@ -192,20 +192,20 @@ def saved_bytes(saisa: SaisaModel, pack: Pack, features: Tensor) -> tuple[int, i
 
 @pytest.mark.parametrize("changes", [{}, {"num_query_groups": 1}, {"projector": "linear"}], ids=str)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_activation_bytes_equal_what_autograd_saves(stage, recompute, changes, megatron, monkeypatch):
+@pytest.mark.parametrize("phase", PHASES)
+def test_activation_bytes_equal_what_autograd_saves(phase, recompute, changes, megatron, monkeypatch):
     monkeypatch.setattr(model.attention, "dense_attention", flash_like)
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight))
     config = tiny(hidden_size=64, ffn_hidden_size=96, head_dim=16, **changes)
     pack, features = random_pack(config, LAYOUTS * 4)
     sizes = (len(pack.positions_T), len(features), pack.num_targets, len(pack.segments.key_indices))
-    floats, others = saved_bytes(model_of_stage(config, stage, recompute), pack, features)
+    floats, others = saved_bytes(model_of_stage(config, phase, recompute), pack, features)
 
-    expected = activation_bytes(config, stage, recompute, *sizes, element_bytes=4)
+    expected = activation_bytes(config, phase, recompute, *sizes, element_bytes=4)
     kept = expected.total(config.num_layers) - expected.recomputed
     if recompute != "none":  # the tables are held by the checkpoint itself, not by autograd
         kept -= 2 * len(pack.key_positions_S) * config.head_dim * 4
-    elif stage == "pretrain":  # nothing before the first layer is trained, so its input norm keeps nothing
+    elif phase == "pretrain":  # nothing before the first layer is trained, so its input norm keeps nothing
         kept -= sizes[0] * (config.hidden_size * 4 + 4)
     assert floats == kept
     assert others < 0.02 * floats, "row numbers and masks, which the formula leaves out"

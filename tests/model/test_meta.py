@@ -9,9 +9,9 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig
-from model.flops import TrainingStage, parameter_counts
+from model.compute import build_transformer_config
+from model.config import ComputeConfig, ModelConfig
+from model.flops import Phase, parameter_counts
 from model.parallel import ParallelConfig, stages_of_rank
 from model.saisa import SaisaModel
 from pipeline.optimizer import freeze
@@ -44,9 +44,9 @@ def model_config(name: str) -> ModelConfig:
     return ModelConfig.model_validate(yaml.safe_load((MODELS / f"{name}.yaml").read_text()))
 
 
-def stages(name: str, stage: TrainingStage, parallel: ParallelConfig, tp_group: object) -> list[SaisaModel]:
+def stages(name: str, phase: Phase, parallel: ParallelConfig, tp_group: object) -> list[SaisaModel]:
     """Returns every stage of the pipeline, on the device that has no memory."""
-    model, shared = model_config(name), stage == "pretrain"
+    model, shared = model_config(name), phase == "pretrain"
     config = build_transformer_config(model, ComputeConfig(), parallel, shared)
     groups = ProcessGroupCollection(tp=tp_group)
     layers = [model.num_layers // parallel.pp] * parallel.pp
@@ -57,7 +57,7 @@ def stages(name: str, stage: TrainingStage, parallel: ParallelConfig, tp_group: 
             for part in stages_of_rank(layers, rank, parallel.pp)
         ]
     for part in built:
-        freeze(part, stage)
+        freeze(part, phase)
         assert {tensor.device.type for tensor in [*part.parameters(), *part.buffers()]} == {"meta"}
         assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
     return built
@@ -67,22 +67,22 @@ def numel(part: SaisaModel, prefix: str = "") -> int:
     return sum(parameter.numel() for name, parameter in part.named_parameters() if name.startswith(prefix))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
 @pytest.mark.parametrize("name", ["saisa-vicuna-7b", "saisa-mistral-7b", "saisa-llama3-8b"])
-def test_a_whole_model_has_the_parameters_that_are_counted(name, stage):
-    (whole,) = stages(name, stage, ParallelConfig(), Alone())
-    expected = parameter_counts(model_config(name), stage)
+def test_a_whole_model_has_the_parameters_that_are_counted(name, phase):
+    (whole,) = stages(name, phase, ParallelConfig(), Alone())
+    expected = parameter_counts(model_config(name), phase)
     assert numel(whole) == expected.total
     assert sum(p.numel() for p in whole.parameters() if p.requires_grad) == expected.num_trained
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_eight_parts_of_four_stages_are_the_model(stage, tp_group):
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_eight_parts_of_four_stages_are_the_model(phase, tp_group):
     """Every rank of the eight has the same shapes: an eighth of what is divided, and all of norms and last biases."""
     parallel = ParallelConfig(tp=TP, pp=PP, sequence_parallel=True)
     model = model_config("saisa-vicuna-7b")
-    expected = parameter_counts(model, stage)
-    parts = stages("saisa-vicuna-7b", stage, parallel, tp_group)
+    expected = parameter_counts(model, phase)
+    parts = stages("saisa-vicuna-7b", phase, parallel, tp_group)
     assert [numel(part, "embedding") for part in parts] == [expected.embedding // TP, 0, 0, 0]
     assert [numel(part, "output") for part in parts] == [0, 0, 0, expected.head // TP]
     assert [numel(part, "final_norm") for part in parts] == [0, 0, 0, model.hidden_size]
@@ -91,7 +91,7 @@ def test_eight_parts_of_four_stages_are_the_model(stage, tp_group):
     assert (
         sum(numel(part, "layers") - layer_projectors(part) for part in parts) == (expected.layers - norms) // TP + norms
     )
-    if stage == "pretrain":
+    if phase == "pretrain":
         projector = (expected.projectors - model.hidden_size) // TP + model.hidden_size
         assert [numel(part, "shared_projector") for part in parts] == [projector] * PP
     else:

@@ -7,8 +7,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from model.compute import ComputeConfig, build_transformer_config
-from model.config import ModelConfig, VisionConfig
+from model.compute import build_transformer_config
+from model.config import ComputeConfig, ModelConfig, VisionConfig
 from model.pack import IGNORE_INDEX, Pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel

@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from model.compute import ComputeConfig, build_transformer_config
+from model.compute import build_transformer_config
+from model.config import ComputeConfig
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from model.weights import from_hf, load_parameters, name_table, tensor_parallel_part

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from orchestration.demo_report import choose_examples, print_scores, running_mean, write_examples, write_loss_curve
-from pipeline.questions import Answer, EvaluationResult, Question
+from pipeline.evaluation.questions import Answer, EvaluationResult, Question
 
 
 def result(answers: list[str]) -> EvaluationResult:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.console import UsageError
+from common.console import UsageError
 from orchestration.ray_train import main
+from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import resolve_paths
 from pipeline.metrics import read_metrics
-from pipeline.run_info import find_checkpoint
 from tests.processes import wait_for_steps
 from tests.world import CONFIGS
 
@@ -48,7 +48,7 @@ def test_relative_paths_mean_the_root(world, stage1, tmp_path):
         "demo-stage2", tmp_path, init__base="bases/x", init__projector="runs/y", data__shards="/abs/z"
     )
     found = resolve_paths(config, tmp_path)
-    assert found.init.base == tmp_path / "bases/x" and [source.place for source in found.data.shards] == ["/abs/z"]
+    assert found.init.base == tmp_path / "bases/x" and [source.location for source in found.data.shards] == ["/abs/z"]
     assert found.init.projector == str(tmp_path / "runs/y")
     assert resolve_paths(stage1, tmp_path).init.projector == "random"
 

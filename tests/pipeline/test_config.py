@@ -1,11 +1,13 @@
 """Configuration: shipped files, overrides, and messages that say the way out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from data_prep.console import UsageError
+from common.console import UsageError
 from pipeline.config import load_config, to_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -23,7 +25,7 @@ def test_every_shipped_file_loads_and_survives_print_config(path, tmp_path):
 @pytest.mark.parametrize("name", ["vicuna-7b", "llama3-8b", "mistral-7b"])
 def test_recipes_have_the_hyper_parameters_of_table_8(name):
     stage1, stage2 = (load_config(CONFIGS / f"saisa-{name}-stage{n}.yaml", []) for n in (1, 2))
-    assert (stage1.stage, stage2.stage) == ("pretrain", "finetune")
+    assert (stage1.phase, stage2.phase) == ("pretrain", "finetune")
     assert (stage1.optim.learning_rate, stage2.optim.learning_rate) == (1e-3, 2e-5)
     assert (stage1.train.global_batch_size, stage2.train.global_batch_size) == (256, 128)
     assert (stage1.data.template, stage1.data.image_aspect_ratio) == ("plain", "square")
@@ -55,7 +57,7 @@ def test_overrides_win_over_the_file():
         ("train.global_batch_size=0", "train.global_batch_size=0: input should be greater than 0"),
         ("compute.precision=fp64", "compute.precision='fp64': input should be 'bf16', 'fp32' or 'fp8'"),
         ("optim.learning_rate", "must look like section.key=value"),
-        ("stage.x=1", "'stage' is a single value"),
+        ("phase.x=1", "'phase' is a single value"),
     ],
 )
 def test_a_wrong_setting_says_the_way_out_in_one_line(override, message):
@@ -84,3 +86,14 @@ def test_a_missing_section_a_missing_file_and_broken_yaml(tmp_path):
     path.write_text("a: [")
     with pytest.raises(UsageError, match="not valid YAML"):
         load_config(path, [])
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.config", "pipeline.train", "pipeline.data.preview", "orchestration.ray_train"]
+)
+def test_a_configuration_is_read_without_a_framework(module):
+    """What a typo or `--print-config` waits for: torch, megatron-core and ray take 5 seconds and 800 MB."""
+    heavy = "{'torch', 'megatron', 'transformers', 'ray', 'numpy'}"
+    code = f"import sys, {module}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stderr == "", ended.stderr

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pipeline.checkpoint import restore_checkpoint
+from pipeline.checkpoint.checkpoint import restore_checkpoint
+from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import export
-from pipeline.run_info import find_checkpoint
 from pipeline.state import build
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline import checkpoint_writer
+from pipeline.checkpoint import writer as checkpoint_writer
 from pipeline.config import RunConfig
 from pipeline.distributed import shutdown_distributed
-from pipeline.train import train
+from pipeline.loop import train
 from tests.soak.kill_training import being_written, check_checkpoints, check_same_run, kill_again_and_again, named
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import LogConfig
-from pipeline.data import BatchCounts
+from pipeline.data.batches import BatchCounts
 from pipeline.metrics import MetricsLog, StepMetrics, check_log, read_metrics
 
 

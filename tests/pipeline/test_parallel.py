@@ -11,16 +11,16 @@ from megatron.core import dist_checkpointing
 from rich.console import Console
 
 from model.parallel import ParallelConfig
-from pipeline.checkpoint import load_trained_parameters, restore_checkpoint, sharded_state
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoint.checkpoint import load_trained_parameters, restore_checkpoint, sharded_state
+from pipeline.checkpoint.run_info import find_checkpoint, latest_checkpoint
+from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config import RunConfig
-from pipeline.data import Reader, build_source, load_table, open_shards
+from pipeline.data.batches import RankCoordinates, build_source, load_table, open_shards
 from pipeline.distributed import check_world_size, initialize_distributed, shutdown_distributed
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.run_info import find_checkpoint, latest_checkpoint
 from pipeline.state import build
 from pipeline.step import model_inputs
-from pipeline.train import train
 from tests.processes import run_together
 
 # fp32 sums in another order, which six steps of Adam amplify; no split has been seen to differ by more.
@@ -67,10 +67,10 @@ def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, stage, split, tmp_path):
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, phase, split, tmp_path):
     num_processes, parallel = SPLITS[split]
-    whole = deep_stage1 if stage == "pretrain" else deep_stage2
+    whole = deep_stage1 if phase == "pretrain" else deep_stage2
     config = divided(whole, tmp_path, **parallel)
     run_together(num_processes, train, config)
     assert_same_run(config, whole)
@@ -165,7 +165,7 @@ def all_tensors(run_dir) -> dict[str, torch.Tensor]:
 def test_the_ranks_of_these_runs_have_different_numbers_of_micro_batches(deep_stage2):
     sets = open_shards(deep_stage2)
     table = load_table(deep_stage2, sets, Console(quiet=True))
-    schedule = build_source(deep_stage2, sets, table, Reader(0, 2)).schedule
+    schedule = build_source(deep_stage2, sets, table, RankCoordinates(0, 2)).schedule
     counts = [[len(packs) for packs in schedule.plan(step).packs] for step in range(6)]
     assert any(one != other for one, other in counts)
     images = table.column("num_images")

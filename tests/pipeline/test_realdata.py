@@ -5,8 +5,8 @@ import json
 from data_prep.plan import Settings
 from orchestration.tiny_base import build_tiny_base
 from pipeline.config import load_config
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.train import train
 from tests.shard_sets import shard_here
 from tests.world import CONFIGS
 
@@ -25,10 +25,10 @@ def test_photos_and_the_mistral_tokenizer_train_in_both_stages(realdata, tmp_pat
     ]
     same += ["data.max_positions=1024", "log.tensorboard=false"]
     stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
-    places = [f"data.shards={tmp_path / 'pretrain'}", f"run_dir={stage1}"]
-    train(load_config(CONFIGS / "demo-stage1.yaml", [*same, *places]))
-    places = [f"data.shards={tmp_path / 'instruct'}", f"run_dir={stage2}", f"init.projector={stage1}"]
-    train(load_config(CONFIGS / "demo-stage2.yaml", [*same, *places]))
+    overrides = [f"data.shards={tmp_path / 'pretrain'}", f"run_dir={stage1}"]
+    train(load_config(CONFIGS / "demo-stage1.yaml", [*same, *overrides]))
+    overrides = [f"data.shards={tmp_path / 'instruct'}", f"run_dir={stage2}", f"init.projector={stage1}"]
+    train(load_config(CONFIGS / "demo-stage2.yaml", [*same, *overrides]))
 
     captions, turns = read_metrics(stage1), read_metrics(stage2)
     assert [step["num_samples"] for step in captions] == [13, 13, 13]

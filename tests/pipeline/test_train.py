@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.console import run
-from data_prep.files import locked
+from common.console import run
+from common.files import locked
 from model.weights import SHARED, read_safetensors
+from pipeline import loop as training
 from pipeline import step as step_module
-from pipeline import train as training
-from pipeline.checkpoint import load_trained_parameters
+from pipeline.checkpoint.checkpoint import load_trained_parameters
+from pipeline.checkpoint.run_info import find_checkpoint, latest_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.run_info import find_checkpoint, latest_checkpoint
 from pipeline.state import build
-from pipeline.train import train
+from pipeline.train import main
 from tests.processes import wait_for_steps
 from tests.world import CONFIGS
 
@@ -317,7 +318,7 @@ def test_a_run_under_torchrun_stops_as_a_whole_and_goes_on(world, tmp_path, num_
 def test_the_command_line_ends_with_2_for_a_wrong_setting(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), "trian.seed=1"])
     with pytest.raises(SystemExit) as ended:
-        run(training.main)
+        run(main)
     assert ended.value.code == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert "did you mean 'train'?" in told
@@ -328,7 +329,7 @@ def test_resume_is_an_option_too(options, said, monkeypatch, capsys):
     command = ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), *options, "--print-config"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
-        run(training.main)
+        run(main)
     assert ended.value.code == 0 and f"\n  resume: {said}\n" in capsys.readouterr().out
 
 

@@ -27,12 +27,12 @@ import torch
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
 from data_prep.shapes import write_dataset
-from pipeline.checkpoint import load_trained_parameters
+from pipeline.checkpoint.checkpoint import load_trained_parameters
+from pipeline.checkpoint.run_info import latest_checkpoint, read_info
 from pipeline.config import RunConfig
 from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
-from pipeline.run_info import latest_checkpoint, read_info
-from pipeline.train import train
 from tests.processes import meeting_place, new_store, with_trainer
 from tests.world import DEEP_SIZES, World, build_world
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.shards import ShardSet
+from pipeline.shards.shard_set import ShardSet
 from tests.shard_sets import write_shards
 
 NUM_READERS, READER_SECONDS, POLL_SECONDS = 4, 3.0, 0.05
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"PASSED: {num_kills} kills, {num_ended} readers ended, at most {peak / limit:.0%} of the limit in the cache")
 
 
-def start_reader(place: str, cache: Path, limit: int, expected: list[dict[str, bytes]], seed: int) -> int:
+def start_reader(location: str, cache: Path, limit: int, expected: list[dict[str, bytes]], seed: int) -> int:
     """Returns the process id of a reader, which exits with 0 unless a sample is wrong or an error comes up."""
     if pid := os.fork():
         return pid
@@ -63,7 +63,7 @@ def start_reader(place: str, cache: Path, limit: int, expected: list[dict[str, b
         chance = random.Random(seed)
         if chance.random() < 0.3:
             damage(cache, chance)
-        shards, end = ShardSet(place, cache, limit), time.monotonic() + READER_SECONDS * chance.random()
+        shards, end = ShardSet(location, cache, limit), time.monotonic() + READER_SECONDS * chance.random()
         while time.monotonic() < end:
             shards.prefetch(chance.sample(range(len(shards.shard_sizes)), 3))
             number = chance.randrange(len(shards))

@@ -1,0 +1,137 @@
+"""Training checkpoints: what is in them, and taking them up again, at any topology.
+
+A checkpoint holds what the run trains, the optimizer, random states and `info.json` (see `run_info`), and can be
+loaded at any tensor, pipeline and data parallelism. `writer` writes them.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from model.backend import FP8_STATE, fp8_state_trusted, has_fp8_state
+from model.saisa import SaisaModel
+from pipeline.checkpoint.integrity import damaged_files
+from pipeline.checkpoint.run_info import RunInfo, check_run, checkpoints_of, read_info
+from pipeline.distributed import broadcast_from_rank0
+from pipeline.optimizer import load_optimizer_state
+
+SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
+ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
+OTHER_VERSION = "perhaps of another version of megatron-core; use that, or another run_dir"
+GO_BACK = "checkpoint.resume=previous goes on from the one before it"
+
+
+def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """Returns the checkpoint a run goes on from, or None: `auto` the newest, `previous` the newest that is whole.
+
+    All processes call it.
+
+    Raises:
+        ValueError: The newest is damaged; with `previous`, all of them.
+    """
+    checkpoints = broadcast_from_rank0(lambda: checkpoints_of(run_dir))
+    for checkpoint in checkpoints:
+        if not (damaged := damaged_files(checkpoint)):
+            return checkpoint
+        if checkpoint == checkpoints[-1]:
+            raise _damage(checkpoint, ", ".join(damaged), "there is none before it; use another run_dir")
+        if resume == "auto":
+            raise _damage(checkpoint, ", ".join(damaged), GO_BACK)
+    return None
+
+
+def restore_checkpoint(
+    checkpoint: Path,
+    run: RunInfo,
+    stages: list[SaisaModel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+) -> int:
+    """Loads a checkpoint into the model and the optimizer and returns the number of steps it has behind it.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or belongs to another run; the message says what differs.
+    """
+    info = read_info(checkpoint)
+    check_run(checkpoint, info, run)
+    # Data-parallel ranks need the same: each reads a part, and they exchange.
+    reads = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
+    state = _load(
+        sharded_state(stages, optimizer, groups, is_loading=True), checkpoint, OTHER_VERSION, sharded_strategy=reads
+    )
+    with fp8_state_trusted():
+        for number, stage in enumerate(stages):
+            stage.load_state_dict(state[f"stage{number}"], strict=False)
+    load_optimizer_state(optimizer, state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return info["step"]
+
+
+def set_aside_newer(checkpoint: Path) -> list[Path]:
+    """Renames the checkpoints after this one, which a run that goes on from it writes again; returns their names."""
+    newer = [other for other in checkpoint.parent.glob("step-????????") if other.name > checkpoint.name]
+    for folder in (other.with_name(other.name + ASIDE) for other in newer):
+        shutil.rmtree(folder, ignore_errors=True)  # set aside before, and damaged again
+    return [other.rename(other.with_name(other.name + ASIDE)) for other in sorted(newer)]
+
+
+def sharded_state(
+    stages: list[SaisaModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool = False
+) -> dict[str, Any]:
+    """Returns what this process has of a run's state, described so that it can be put together differently."""
+    metadata = {
+        "distrib_optim_sharding_type": SHARDING,
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank of each data-parallel group gathers, not all
+        "dp_cp_group": groups.dp_cp,
+    }
+    state: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        whole = stage.sharded_state_dict(metadata=metadata)
+        kept = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        if has_fp8_state(stage.config):
+            kept |= {name for name in whole if name.endswith(FP8_STATE)}
+        state[f"stage{number}"] = {name: entry for name, entry in whole.items() if name in kept}
+    described = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return {**state, "optimizer": described, "rng": torch.get_rng_state()}
+
+
+def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
+    """Returns the whole (unsharded) parameters a checkpoint holds, by our names, without the optimizer."""
+    way_out = "name the one before it, if there is one"
+    if damaged := damaged_files(checkpoint):
+        raise _damage(checkpoint, ", ".join(damaged), way_out)
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    wanted = {key: tensor for key, tensor in metadata.items() if not key.startswith("optimizer.")}
+    state = _load(wanted, checkpoint, way_out, validate_access_integrity=False)
+    return {key: state[key] for key in wanted}
+
+
+def _load(sharded: dict[str, Any], checkpoint: Path, way_out: str, **options: Any) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], dist_checkpointing.load(sharded, str(checkpoint), **options))
+    except (CheckpointException, CheckpointingException) as error:  # torch's is no Exception: nobody else would see it
+        why = first_cause(error)
+    raise _damage(checkpoint, why, way_out)
+
+
+def _damage(checkpoint: Path, why: str, way_out: str) -> ValueError:
+    return ValueError(f"{checkpoint}: damaged ({why}); {way_out}")
+
+
+def first_cause(error: BaseException) -> str:
+    """Returns the first failure that torch gathered from all processes, or the error itself, in one line."""
+    if not isinstance(error, CheckpointException):
+        first: object = error
+    else:  # the process that gathers tells the others no more than that
+        first = next((failure[0] for failure in error.failures.values()), "one of the processes failed, and says why")
+    return " ".join(str(first).split())[:300]

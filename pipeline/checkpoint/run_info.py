@@ -1,0 +1,152 @@
+"""Which run a checkpoint belongs to, and where checkpoints lie: `run_dir/checkpoints/step-00000500/`.
+
+`info.json` beside the weights says which phase, model, base, data and settings the run has. Resuming with others
+refuses and says what differs; how the model is divided, and over how many processes, is free.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PROJECTOR_WORDS, RunConfig
+from pipeline.data.lengths import tokenizer_fingerprint
+
+MIB = 1 << 20
+
+PRECISION = {"fp32": {"precision"}, "bf16": {"precision"}, "fp8": {"precision", "fp8_recipe", "bf16_edge_layers"}}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a checkpoint must share with the run that resumes from it; kept beside the weights in `info.json`."""
+
+    phase: str
+    model: dict[str, Any]
+    base: str
+    projector: str
+    shards: list[list[Any]]
+    tokenizer: str
+    template: str
+    image_aspect_ratio: str
+    max_positions: int
+    max_text_tokens_per_pack: int
+    max_images_per_pack: int
+    shards_in_use: int
+    global_batch_size: int
+    seed: int
+    precision: dict[str, Any]
+    exact_images: bool
+    optim: dict[str, Any]
+    num_steps: int
+
+
+def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: int) -> RunInfo:
+    """Returns the facts that a resumed run must share."""
+    return RunInfo(
+        phase=config.phase,
+        model=config.model.model_dump(mode="json"),
+        base=base_fingerprint(config.init.base),
+        projector=config.init.projector if config.init.projector in PROJECTOR_WORDS else "stage 1",
+        shards=[[name, source.repeat] for name, source in zip(shard_fingerprints, config.data.shards, strict=True)],
+        tokenizer=tokenizer_fingerprint(config.init.base),
+        template=config.data.template,
+        image_aspect_ratio=config.data.image_aspect_ratio,
+        max_positions=config.data.max_positions,
+        max_text_tokens_per_pack=config.data.max_text_tokens_per_pack,
+        max_images_per_pack=config.data.max_images_per_pack,
+        shards_in_use=config.data.shards_in_use,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+        precision=config.compute.model_dump(mode="json", include=PRECISION[config.compute.precision]),
+        exact_images=config.data.exact_images,
+        optim=config.optim.model_dump(mode="json"),
+        num_steps=num_steps,
+    )
+
+
+def base_fingerprint(base: Path) -> str:
+    """Returns a digest of a base folder: its JSON files, and its weight files by size, first MiB and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted([*base.glob("*.json"), *base.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            digest.update(stream.read(MIB))
+            stream.seek(max(MIB, size - MIB))
+            digest.update(stream.read(MIB))
+    return digest.hexdigest()
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, newest first."""
+    return sorted(run_dir.glob("checkpoints/step-????????"), reverse=True)
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the newest checkpoint of a run, or None."""
+    return next(iter(checkpoints_of(run_dir)), None)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Returns `folder` if it is a checkpoint, or the newest checkpoint in it if it is a run folder.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = folder if (folder / "info.json").is_file() else latest_checkpoint(folder)
+    if found is None:
+        raise ValueError(f"{folder}: no checkpoint here; name a run folder, or a checkpoint such as step-00000500")
+    return found
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """Returns `info.json`: the run's facts under `run`, the resolved configuration, the step, the code version.
+
+    Raises:
+        ValueError: the folder is not a checkpoint of this project, or damaged.
+    """
+    file = checkpoint / "info.json"
+    if not file.is_file():
+        raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
+    try:
+        info = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: damaged ({error}); name another checkpoint") from None
+    if not {"step", "run", "config"} <= info.keys():
+        raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")
+    return info
+
+
+def check_base(checkpoint: Path, info: dict[str, Any], base: Path) -> None:
+    """Makes sure that a checkpoint was trained on this base.
+
+    Raises:
+        ValueError: it was not, or the base has changed.
+    """
+    if not base.is_dir():
+        raise ValueError(f"{checkpoint}: its base folder {base} is not here; put it back, or run where it is")
+    if info["run"].get("base") != base_fingerprint(base):
+        raise ValueError(f"{checkpoint}: was trained on another base than {base}, or that has changed since")
+
+
+def check_run(checkpoint: Path, info: dict[str, Any], run: RunInfo) -> None:
+    """Makes sure that a checkpoint belongs to this run.
+
+    Raises:
+        ValueError: It does not; the message says what differs.
+    """
+    was, now = (_flat(each) for each in (info["run"], asdict(run)))
+    differing = [f"{name} was {was.get(name)!r}, is {value!r}" for name, value in now.items() if was.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Use the same settings, or another run_dir"
+        )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts with what is inside of one as `section.key`."""
+    sections = {name: value for name, value in facts.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": item for name, section in sections.items() for key, item in section.items()}
+    return {name: value for name, value in facts.items() if name not in sections} | inner

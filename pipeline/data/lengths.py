@@ -1,0 +1,152 @@
+"""How long every sample is, known before any is read for training: the length table.
+
+It is computed once for a shard set, a tokenizer and a template, in parallel, and kept in the cache folder under a name
+that tells all it depends on. With it the packs of every step of a run are a pure function of the step.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+from common.files import write_whole
+from pipeline.data.samples import ENCODING, build_sample
+from pipeline.data.templates import ConversationError, Tokenizer
+from pipeline.distributed import init_worker_signals, worker_context
+from pipeline.shards.shard_set import ShardSet
+
+COLUMNS = ("num_text", "num_images", "num_targets", "num_dropped_targets", "num_truncated_tokens")
+SAMPLES_PER_PROCESS = 20_000  # fewer are encoded sooner than a process has imported what it needs
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that decides how a record becomes tokens. `tokenizer` is the folder it is loaded from."""
+
+    tokenizer: Path
+    template: str
+    num_tokens_per_image: int
+    max_positions: int
+
+    def fingerprint(self) -> str:
+        """Returns a digest that changes when any sample's length may."""
+        facts = [ENCODING, tokenizer_fingerprint(self.tokenizer), self.template]
+        return hashlib.sha256(json.dumps([*facts, self.num_tokens_per_image, self.max_positions]).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Returns a digest of the tokenizer's files."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class LengthTable:
+    """One row a sample: `values` is int32[num_samples, 5] with the `COLUMNS`; a sample without text has a problem."""
+
+    values: np.ndarray
+    problems: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns int32[num_samples], one of `COLUMNS`."""
+        return self.values[:, COLUMNS.index(name)]
+
+
+def join(tables: Sequence[LengthTable]) -> LengthTable:
+    """Returns the table of several shard sets, whose samples are numbered through."""
+    starts = np.cumsum([0, *(len(table) for table in tables)])
+    problems = {
+        int(start) + n: text for start, table in zip(starts, tables, strict=False) for n, text in table.problems.items()
+    }
+    return LengthTable(np.concatenate([table.values for table in tables]), problems)
+
+
+def length_table(shards: ShardSet, encoding: Encoding, cache: Path, console: Console) -> LengthTable:
+    """Returns the length table of a shard set, from the cache or computed and put there, showing progress."""
+    name = hashlib.sha256(f"{shards.fingerprint} {encoding.fingerprint()}".encode()).hexdigest()[:24]
+    file = cache / f"lengths-{name}.npz"
+    if file.is_file():
+        return _load(file, len(shards))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"token lengths of {shards.location}", total=len(shards))
+        parts = []
+        for part in _measure_all(shards, encoding):
+            parts.append(part)
+            progress.advance(task, len(part))
+    table = join(parts)
+    cache.mkdir(parents=True, exist_ok=True)
+    write_whole(file, _dump(table))
+    return table
+
+
+def _measure_all(shards: ShardSet, encoding: Encoding) -> Iterator[LengthTable]:
+    """Yields the table of each shard in turn."""
+    jobs = [(shards, encoding, shard) for shard in range(len(shards.shard_sizes))]
+    num_processes = min(len(os.sched_getaffinity(0)), len(jobs), len(shards) // SAMPLES_PER_PROCESS)
+    if num_processes < 2:
+        yield from map(measure_shard, jobs)
+        return
+    with ProcessPoolExecutor(num_processes, worker_context(), init_worker_signals) as pool:
+        yield from pool.map(measure_shard, jobs)
+
+
+def measure_shard(job: tuple[ShardSet, Encoding, int]) -> LengthTable:
+    """Returns the table of one shard."""
+    shards, encoding, shard = job
+    return measure(shards.records(shard), encoding, _tokenizer(encoding.tokenizer))
+
+
+def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -> LengthTable:
+    """Returns the table of some records."""
+    rows, problems = [], {}
+    for number, record in enumerate(records):
+        try:
+            sample = build_sample(
+                record, encoding.template, tokenizer, encoding.num_tokens_per_image, encoding.max_positions
+            )
+            rows.append((len(sample.text_token_ids), len(sample.image_positions), *sample.counts()))
+        except ConversationError as error:
+            rows.append((0,) * len(COLUMNS))
+            problems[number] = str(error)
+    return LengthTable(np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS)), problems)
+
+
+@cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _dump(table: LengthTable) -> bytes:
+    stream = io.BytesIO()
+    problems = np.frombuffer(json.dumps(list(table.problems.items())).encode(), dtype=np.uint8)
+    np.savez_compressed(stream, values=table.values, problems=problems)
+    return stream.getvalue()
+
+
+def _load(file: Path, num_samples: int) -> LengthTable:
+    try:
+        with np.load(file) as stored:
+            table = LengthTable(stored["values"], dict(json.loads(stored["problems"].tobytes() or b"[]")))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, and it is computed again") from None
+    if len(table) != num_samples:
+        raise ValueError(f"{file} knows {len(table)} samples, the shards hold {num_samples}; delete it")
+    return table

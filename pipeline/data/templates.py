@@ -1,0 +1,330 @@
+r"""From a LLaVA conversation to token ids and labels, and the chat template that asks in the same words.
+
+Four templates; what a model is trained to say is between >< (`eos` is the tokenizer's own, `</s>` for Vicuna)::
+
+    plain     <image>>a cake\n<                                    the question is dropped
+    v1        {system} USER: {question} ASSISTANT:> {answer}{eos}<USER: ...
+    llama_3   <|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>
+              <|start_header_id|>assistant<|end_header_id|>\n\n>{answer}<|eot_id|><   (written without line breaks)
+    mistral    [INST] {question} [/INST]> {answer}{eos}< [INST] ...     with the spaces of Mistral-7B-Instruct-v0.2
+
+`plain` and `v1` give the token ids and masks of LLaVA's `preprocess_plain` and `preprocess_v1`; `llama_3` and
+`mistral` strip each turn and know no standard system text. What a newcomer to LLaVA would not guess:
+
+- A turn with one `<image>` has it moved to its front, followed by a newline. A turn with several keeps them where they
+  stand (LLaVA would keep only one of them). `plain` keeps the images, and nothing else, of the human turn.
+- The text between two images is tokenised on its own, so a tokenizer that opens a text with a space does so after
+  each image. Whoever prompts the model must encode with `encode_text` or do the same.
+- The tokenizer adds BOS, if it does so by default; neither the templates nor the chat templates write it.
+- A leading gpt turn is skipped. A leading system turn replaces the standard one (LLaVA refuses it).
+- Where LLaVA finds its own sums wrong ("tokenization mismatch"), prints a line and trains on nothing, the row raises
+  `ConversationError`. But LLaVA's sums also fail for every row with two answers when the tokenizer
+  opens no text with a space and has `legacy=False`; answers are found by their tokens here, so those rows are fine.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from common.console import UsageError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and the configuration imports this file
+    from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+type Tokenizer = PreTrainedTokenizer | PreTrainedTokenizerFast
+
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be encoded without guessing: the row is at fault, not the run. Count it, go on."""
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids with `IMAGE_TOKEN_INDEX` for each image, and at each place the id to learn or `IGNORE_INDEX`."""
+
+    token_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text around the turns of a conversation.
+
+    A round is `user[0] question user[1] header` (the prompt) and `gap answer end` (what is learned).
+
+    Args:
+        user: text before and after a question.
+        header: end of the prompt, after which the model speaks.
+        gap: text between the header and the answer.
+        end: token that closes an answer; None means the tokenizer's EOS.
+        system: text before and after a system turn; None refuses such a turn.
+        default_system: how a conversation without a system turn begins, complete.
+        special_tokens: tokens that the tokenizer must know as one id, besides the end token.
+        markers: text that a turn may not contain, besides all those tokens, because it has a meaning here.
+        strip: turns lose the white space around them.
+    """
+
+    user: tuple[str, str]
+    header: str
+    gap: str
+    end: str | None = None
+    system: tuple[str, str] | None = None
+    default_system: str = ""
+    special_tokens: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    strip: bool = False
+
+
+# Source: conv_vicuna_v1 and conv_llava_plain in LLaVA's llava/conversation.py; the chat templates in the tokenizer
+# configurations of Meta-Llama-3-8B-Instruct and Mistral-7B-Instruct-v0.2.
+PLAIN = Template(user=("", ""), header="", gap="", end="\n")
+TEMPLATES = {
+    "plain": PLAIN,
+    "v1": Template(
+        user=("USER: ", " "),
+        header="ASSISTANT:",
+        gap=" ",
+        system=("", " "),
+        default_system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    ),
+    "llama_3": Template(
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        gap="",
+        end="<|eot_id|>",
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        special_tokens=("<|start_header_id|>", "<|end_header_id|>"),
+        strip=True,
+    ),
+    "mistral": Template(user=(" [INST] ", " [/INST]"), header="", gap=" ", markers=("[INST]", "[/INST]"), strip=True),
+}
+
+
+def encode_conversation(
+    conversations: list[dict], has_image: bool, template: str, tokenizer: Tokenizer
+) -> EncodedConversation:
+    """Returns the token ids of a conversation and their labels, not shifted and not truncated.
+
+    Args:
+        conversations: turns `{"from": "human" | "gpt", "value": text}`, in alternation, gpt last.
+        has_image: the record has images; without, `<image>` in the text is an error.
+        template: a name in `TEMPLATES`.
+        tokenizer: slow or fast; its BOS is added if it adds it by default.
+
+    Raises:
+        ConversationError: the turns do not fit the template, or hold text that means something to it.
+        UsageError: the template is unknown.
+        ValueError: the tokenizer does not know the template's special tokens, or adds others than BOS.
+    """
+    form = _find(template)
+    end = end_of_answer(template, tokenizer)
+    rounds = _plain_round(conversations, has_image) if form is PLAIN else _rounds(conversations, form, end, has_image)
+    ids = encode_text("".join(prompt + answer for prompt, answer in rounds), tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    start = len(_bos(tokenizer))
+    for number, (prompt, _) in enumerate(rounds):
+        # The prompt as it is tokenised in its place: after the end token of the answer before it.
+        prompt_ids = _encode_pieces(end + prompt, tokenizer)[1:] if number else _encode_pieces(prompt, tokenizer)
+        answer = start + len(prompt_ids)
+        stop = len(ids) if form is PLAIN else _find_end(ids, answer, _encode(end, tokenizer)[-1])
+        if ids[start:answer] != prompt_ids or answer == stop:
+            raise ConversationError(
+                f"tokenization mismatch in answer {number + 1} of {len(rounds)}: the tokenizer joins its beginning "
+                f"with the prompt of template {template!r}; use another template or tokenizer, or leave the record out"
+            )
+        labels[answer:stop] = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token for token in ids[answer:stop]]
+        start = stop
+    unknown = tokenizer.unk_token_id
+    if form is not PLAIN and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise ConversationError(f"text that the tokenizer can only write as {tokenizer.unk_token!r}")
+    return EncodedConversation(ids, labels)
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a text with `IMAGE_TOKEN_INDEX` for each `<image>`, and BOS if the tokenizer adds one."""
+    return _bos(tokenizer) + _encode_pieces(text, tokenizer)
+
+
+def end_of_answer(template: str, tokenizer: Tokenizer) -> str:
+    """Returns the text that ends an answer: generation stops at its token.
+
+    Raises:
+        UsageError: the template is unknown.
+        ValueError: a special token of the template is not one token of the tokenizer.
+    """
+    form = _find(template)
+    if form is PLAIN:
+        return "\n"
+    end = form.end or cast(str | None, tokenizer.eos_token)
+    if end is None:
+        raise ValueError(f"template {template!r} ends answers with EOS, which the tokenizer lacks; set its eos_token")
+    for token in (end, *form.special_tokens):
+        if _encode(token, tokenizer) != [tokenizer.convert_tokens_to_ids(token)]:
+            raise ValueError(
+                f"template {template!r} needs {token!r} as one token, but the tokenizer splits it; "
+                f"add it to the tokenizer as a special token, or use a template made for this tokenizer"
+            )
+    return end
+
+
+def chat_template(name: str) -> str:
+    """Returns a Jinja template for `tokenizer.chat_template` that writes prompts as training has them.
+
+    Its messages have the roles user and assistant (and system, first, where the template has one); their content is a
+    text that may contain `<image>`, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`, which is the
+    same as the text of its parts written one after the other, `<image>` for each image. BOS is left to the tokenizer.
+
+    Raises:
+        UsageError: the template is unknown.
+    """
+    form = _find(name)
+    if form is PLAIN:
+        user, assistant = "'<image>' * text_of(message).count('<image>')", "text_of(message) + '\\n'"
+    else:
+        text = "(text_of(message) | trim)" if form.strip else "text_of(message)"
+        end = "eos_token" if form.end is None else json.dumps(form.end)
+        user = f"{json.dumps(form.user[0])} + {text} + {json.dumps(form.user[1])}"
+        assistant = f"{json.dumps(form.header + form.gap)} + {text} + {end}"
+    system = f"raise_exception('template {name} has no system turn')"
+    if form.system is not None:
+        system = f"{json.dumps(form.system[0])} + {text} + {json.dumps(form.system[1])}"
+    substitutes = {
+        "USER": user,
+        "ASSISTANT": assistant,
+        "SYSTEM": system,
+        "DEFAULT": json.dumps(form.default_system),
+        "HEADER": json.dumps(form.header),
+    }
+    lines = _JINJA
+    for key, value in substitutes.items():
+        lines = lines.replace(f"@{key}@", value)
+    return lines
+
+
+_JINJA = """\
+{%- macro text_of(message) -%}
+  {%- set whole = namespace(text='') -%}
+  {%- if message.content is string -%}
+    {%- set whole.text = message.content -%}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {%- set whole.text = whole.text + ('<image>' if part.type == 'image' else part.text) -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if whole.text.count('<image>') == 1 -%}
+    {{- ('<image>\\n' + (whole.text.replace('<image>', '') | trim)) | trim -}}
+  {%- else -%}
+    {{- whole.text -}}
+  {%- endif -%}
+{%- endmacro -%}
+{%- set has_system = messages and messages[0].role == 'system' -%}
+{%- if not has_system -%}{{- @DEFAULT@ -}}{%- endif -%}
+{%- for message in messages -%}
+  {%- set is_question = (loop.index0 % 2 == 1) if has_system else (loop.index0 % 2 == 0) -%}
+  {%- if loop.first and has_system -%}
+    {{- @SYSTEM@ -}}
+  {%- elif message.role == 'user' and is_question -%}
+    {{- @USER@ -}}
+  {%- elif message.role == 'assistant' and not is_question -%}
+    {{- @ASSISTANT@ -}}
+  {%- else -%}
+    {{- raise_exception('user and assistant must take turns, user first') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- @HEADER@ -}}{%- endif -%}
+"""
+
+
+def _find(template: str) -> Template:
+    if template not in TEMPLATES:
+        raise UsageError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[template]
+
+
+def _rounds(conversations: list[dict], form: Template, end: str, has_image: bool) -> list[tuple[str, str]]:
+    """Returns the (prompt, answer) of each round; the first prompt holds the system text, each answer its end."""
+    begin, turns = form.default_system, list(conversations)
+    if turns and turns[0]["from"] == "system":
+        if form.system is None:
+            raise ConversationError("a system turn, which this template cannot write; use template v1 or llama_3")
+        begin, turns = form.system[0] + _text(turns[0], form, end, False) + form.system[1], turns[1:]
+    elif turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    _check_roles(turns)
+    separator = form.user[1] + form.header + form.gap
+    rounds = []
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        prompt = form.user[0] + _text(human, form, end, has_image) + form.user[1] + form.header
+        answer = form.gap + _text(gpt, form, end, has_image) + end
+        whole, expected = prompt + answer, len(prompt) + len(form.gap) - len(separator)
+        if whole.find(separator) != expected or whole.count(separator) != 1:
+            raise ConversationError(f"tokenization mismatch: a turn contains {separator!r}, which opens an answer")
+        rounds.append((begin + prompt, answer))
+        begin = ""
+    return rounds
+
+
+def _plain_round(conversations: list[dict], has_image: bool) -> list[tuple[str, str]]:
+    if len(conversations) != 2:
+        raise ConversationError(f"{len(conversations)} turns; template 'plain' takes one question and one caption")
+    _check_roles(conversations)
+    question, caption = (_place_image(turn["value"], has_image) for turn in conversations)
+    if IMAGE_TOKEN not in question:
+        raise ConversationError(f"no {IMAGE_TOKEN} in the human turn; template 'plain' is for captions of images")
+    return [(IMAGE_TOKEN * question.count(IMAGE_TOKEN), caption + "\n")]
+
+
+def _check_roles(turns: list[dict]) -> None:
+    roles = [turn["from"] for turn in turns]
+    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+        shown = ", ".join(map(str, roles[:6])) + (", ..." if len(roles) > 6 else "")
+        raise ConversationError(f"human and gpt must take turns, gpt last; found {shown or 'no turn'}")
+
+
+def _text(turn: dict, form: Template, end: str, has_image: bool) -> str:
+    """Returns the text of a turn as it stands in the template."""
+    text = _place_image(turn["value"], has_image)
+    text = text.strip() if form.strip else text
+    if not text:
+        raise ConversationError(f"an empty {turn['from']} turn")
+    for marker in (end, *form.special_tokens, *form.markers):
+        if marker in text:
+            raise ConversationError(f"tokenization mismatch: a {turn['from']} turn contains {marker!r}")
+    return text
+
+
+def _place_image(text: str, has_image: bool) -> str:
+    if IMAGE_TOKEN in text and not has_image:
+        raise ConversationError(f"{IMAGE_TOKEN} in the text but no image in the record")
+    if text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
+def _find_end(ids: list[int], start: int, end_id: int) -> int:
+    """Returns the index behind the first end token at or after `start`, or `start` where there is none."""
+    return ids.index(end_id, start) + 1 if end_id in ids[start:] else start
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    added = tokenizer("").input_ids
+    if added not in ([], [tokenizer.bos_token_id]):
+        raise ValueError(f"the tokenizer adds the ids {added} to a text, BOS alone may be; set add_eos_token=False")
+    return added
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _encode_pieces(text: str, tokenizer: Tokenizer) -> list[int]:
+    first, *rest = text.split(IMAGE_TOKEN)
+    ids = list(_encode(first, tokenizer))
+    for piece in rest:
+        ids += [IMAGE_TOKEN_INDEX, *_encode(piece, tokenizer)]
+    return ids

@@ -1,0 +1,180 @@
+"""Scores an exported checkpoint on questions with short answers.
+
+    python -m pipeline.evaluation.evaluate --model runs/demo/export --data test.json --images images
+    python -m pipeline.evaluation.evaluate ... --blind                     the same questions, every image blanked
+    python -m pipeline.evaluation.evaluate ... --baseline-data train.json  and what guessing from the question gives
+
+`pipeline.evaluation.questions` says what is asked and what counts as right.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer import Option
+
+from common.console import UsageError, run
+from model.hf_folder import check_export
+from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
+
+
+def evaluate(
+    model_dir: Path,
+    data: Path,
+    images: Path,
+    blind: bool = False,
+    *,
+    rows: slice = slice(None),
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+) -> EvaluationResult:
+    """Returns the model's greedy answers to the questions of a LLaVA JSON file.
+
+    Args:
+        model_dir: Folder written by `make export`.
+        data: LLaVA JSON or JSONL; a row's optional `family` names its kind of question.
+        images: Folder that the rows' image paths start from.
+        blind: Replace every image by its processor's mean colour.
+        rows: Which rows of `data`.
+        batch_size: Questions answered at once.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ValueError: a file is missing or does not hold what it should.
+    """
+    questions = read_questions(data, rows)
+    check_export(model_dir)
+    for question in questions:  # before anything is loaded
+        for name in question.images:
+            if not (images / name).is_file():
+                raise ValueError(
+                    f"{images / name}: no such image, wanted by record {question.row_id!r}; check --images"
+                )
+    processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=True, dtype="auto").eval()
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+    return EvaluationResult(answer_all(model, processor, questions, images, blind, batch_size, max_new_tokens))
+
+
+@torch.inference_mode()
+def answer_all(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    images: Path,
+    blind: bool,
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[Answer, ...]:
+    """Returns an answer to each question, in their order; batches hold questions of like length, to pad little."""
+    texts: dict[int, str] = {}
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].text)))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    console = Console(stderr=True)
+    for batch in track(batches, "asking", console=console, transient=True, disable=not console.is_terminal):
+        asked = [questions[index] for index in batch]
+        prompts = [
+            processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
+            for question in asked
+        ]
+        pictures = [[_open(images / name, question) for name in question.images] for question in asked]
+        if blind:
+            pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
+        inputs = processor(
+            text=prompts,
+            images=pictures if any(pictures) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        said = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts.update(zip(batch, said, strict=True))
+    return tuple(Answer(question, texts[index].strip()) for index, question in enumerate(questions))
+
+
+def write_result(result: EvaluationResult, out: Path, **more: Any) -> None:
+    """Writes the scores, `more`, and every answer as JSON."""
+    scores = {
+        "accuracy": result.accuracy,
+        "num_questions": result.num_questions,
+        "per_family": result.per_family,
+        **more,
+    }
+    answers = [asdict(a.question) | {"answer": a.text, "correct": a.correct} for a in result.answers]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(scores | {"answers": answers}, indent=1) + "\n")
+
+
+def parse_rows(text: str | None, option: str = "--rows") -> slice:
+    """Returns the slice that `a:b`, `:b` or `a:` names; all rows for None.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text is None:
+        return slice(None)
+    try:
+        first, last = (int(part) if part else None for part in text.split(":"))
+    except ValueError:
+        raise UsageError(f"{option}={text!r} must be a:b, such as 900:1000 or :100") from None
+    if (first or 0) < 0 or (last is not None and last <= (first or 0)):
+        raise UsageError(f"{option}={text!r} must name at least one row, counted from the front")
+    return slice(first, last)
+
+
+def _open(file: Path, question: Question) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: not a readable image ({error}), wanted by record {question.row_id!r}") from None
+    return image
+
+
+def _blank(image: Image.Image, processor: Any) -> Image.Image:
+    """Returns an image of the same size in the processor's mean colour, all of which it normalises to about zero."""
+    red, green, blue = (round(255 * value) for value in processor.image_processor.image_mean)
+    return Image.new("RGB", image.size, (red, green, blue))
+
+
+def main(
+    model: Annotated[Path, Option(help="exported folder")],
+    data: Annotated[Path, Option(help="LLaVA JSON with the questions")],
+    images: Annotated[Path, Option(help="folder that the image paths start from")],
+    blind: Annotated[bool, Option("--blind", help="blank every image")] = False,
+    rows: Annotated[str | None, Option(help="a:b, only these rows of --data")] = None,
+    baseline_data: Annotated[Path | None, Option(help="training rows: also score guessing from them, unseen")] = None,
+    baseline_rows: Annotated[str | None, Option(help="a:b, only these rows of --baseline-data")] = None,
+    batch_size: Annotated[int, Option(min=1, help="questions answered at once")] = 64,
+    max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = 8,
+    out: Annotated[Path | None, Option(help="JSON file for scores and answers")] = None,
+) -> None:
+    """Scores an exported checkpoint on questions with short answers."""
+    if baseline_rows and not baseline_data:
+        raise UsageError("--baseline-rows chooses from --baseline-data; give both, or neither")
+    chosen = parse_rows(rows)
+    guessed_from = None
+    if baseline_data:
+        guessed_from = read_questions(baseline_data, parse_rows(baseline_rows, "--baseline-rows"))
+    result = evaluate(model, data, images, blind, rows=chosen, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    for family, accuracy in result.per_family.items():
+        print(f"{family:12} {accuracy:.1%}")
+    print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")
+    more: dict[str, Any] = {"blind": blind}
+    if guessed_from:
+        more["baseline_accuracy"] = question_only_accuracy(guessed_from, [a.question for a in result.answers])
+        print(f"{'baseline':12} {more['baseline_accuracy']:.1%} from the question alone")
+    if out:
+        write_result(result, out, **more)
+
+
+if __name__ == "__main__":
+    run(main)

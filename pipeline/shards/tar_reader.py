@@ -1,0 +1,164 @@
+"""One shard as mosaicml-streaming reads it: a tar that `make shards` wrote, and the sidecar that is its map.
+
+A sample is a run of whole 512-byte blocks, its record first (see `data_prep.tar_writer`), so one `pread` brings all of
+it and nothing is searched for.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from streaming.base.format.base.reader import FileInfo, SplitReader
+
+from data_prep.tar_writer import BLOCK_BYTES
+
+RECORD_GUESS_BYTES = 8192  # header and record of nearly every sample; longer ones cost a second read
+
+
+class DamagedShard(ValueError):
+    """The bytes of a shard are not those that index.json and the sidecar promise."""
+
+
+class OpenFile:
+    """A file open for reading at any location, by any thread; closed when nobody holds this object any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def open_whole(path: Path, info: FileInfo, verify: bool) -> OpenFile:
+    """Returns a file of the size that the index tells and, with `verify`, of the content.
+
+    Raises:
+        DamagedShard: It is not there, or another.
+    """
+    try:
+        file = OpenFile(path)
+    except FileNotFoundError:
+        raise DamagedShard(f"{path} is not there") from None
+    if (num_bytes := os.fstat(file.descriptor).st_size) != info.bytes:
+        raise DamagedShard(f"{path} has {num_bytes:,} bytes instead of {info.bytes:,}")
+    if verify:
+        with open(file.descriptor, "rb", closefd=False) as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != info.hashes["sha256"]:
+                raise DamagedShard(f"{path} has another SHA-256 than in index.json")
+    return file
+
+
+class Slots(NamedTuple):
+    """Where the samples of a shard lie: 20 bytes each, against 200 as lists."""
+
+    offsets: array
+    sizes: array
+    checksums: array
+
+
+class TarReader(SplitReader):
+    """One shard as mosaicml-streaming's readers are: `reader[i]` is a dict of member name to bytes."""
+
+    def __init__(self, folder: Path, shard: dict[str, Any], in_place: bool) -> None:
+        """Takes an entry of index.json. Files that are read in place are the only ones there are: never remove them."""
+        data, meta = FileInfo(**shard["raw_data"]), FileInfo(**shard["raw_meta"])
+        hashes, samples, size_limit = shard["hashes"], shard["samples"], shard["size_limit"]
+        super().__init__(str(folder), None, None, hashes, data, meta, samples, size_limit, None, None)
+        self.path, self.sidecar_path, self.in_place = folder / data.basename, folder / meta.basename, in_place
+        self.slots: Slots | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slots": None}
+
+    def sidecar(self) -> dict[str, Any]:
+        """Returns the sidecar as it was written.
+
+        Raises:
+            FileNotFoundError: It is not there (yet).
+            DamagedShard: It is another.
+        """
+        text = self.sidecar_path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != self.raw_meta.hashes["sha256"]:
+            raise DamagedShard(f"{self.sidecar_path} is not the sidecar in index.json; {self._way_out()}")
+        return json.loads(text)
+
+    def load(self) -> Slots:
+        """Returns where the samples lie, and keeps it."""
+        if self.slots is None:
+            sidecar = self.sidecar()
+            columns = ("offsets", "q"), ("sizes", "q"), ("checksums", "I")
+            self.slots = Slots(*(array(kind, sidecar[name]) for name, kind in columns))
+        return self.slots
+
+    def read_sample(self, file: OpenFile, idx: int) -> bytes:
+        """Returns the tar blocks of sample `idx`, all of them, checked against their CRC-32."""
+        slots = self.slots or self.load()
+        size = slots.sizes[idx]
+        data = os.pread(file.descriptor, size, slots.offsets[idx])
+        if len(data) != size:
+            raise self._damaged(idx, "cut short")
+        if crc32(data) != slots.checksums[idx]:
+            raise self._damaged(idx, "damaged (checksum)")
+        return data
+
+    def read_record(self, file: OpenFile, idx: int) -> dict[str, Any]:
+        """Returns the record of sample `idx` without reading its images: it is the sample's first member."""
+        slots = self.slots or self.load()
+        offset, size = slots.offsets[idx], slots.sizes[idx]
+        head = os.pread(file.descriptor, min(size, RECORD_GUESS_BYTES), offset)
+        try:
+            if (end := record_end(head)) > len(head):
+                head = os.pread(file.descriptor, min(end, size), offset)  # a damaged size may be anything
+            return parse_record(head)
+        except ValueError:
+            raise self._damaged(idx, "damaged (record)") from None
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """Returns the tar blocks of a sample; what streaming's own data set calls, which looks for no damage itself."""
+        return self.read_sample(OpenFile(self.path), idx)
+
+    def decode_sample(self, data: bytes) -> dict[str, bytes]:
+        """Returns the members of a sample by name without the key: `json`, `jpg`, `0.png`, ..."""
+        return split_members(data)
+
+    def _damaged(self, idx: int, what: str) -> DamagedShard:
+        key = self.sidecar()["keys"][idx]
+        return DamagedShard(f"{self.path}: sample {idx} (key {key}) is {what}; {self._way_out()}")
+
+    def _way_out(self) -> str:
+        if self.in_place:
+            return "delete this tar and run `make shards` again"
+        return "it was verified when it was fetched, so suspect the disk of this machine; delete it to fetch it anew"
+
+    def _evict_raw(self) -> int:
+        return 0 if self.in_place else super()._evict_raw()  # streaming tidies up where it lacks a sidecar
+
+
+def split_members(blocks: bytes) -> dict[str, bytes]:
+    """Returns the content of each tar member by its name behind the key.
+
+    Source: POSIX.1-1988 ustar: the name in bytes 0 to 100 of a header, the size as 11 octal digits from byte 124 on.
+    """
+    members, start = {}, 0
+    while start < len(blocks):
+        name = blocks[start : start + 100].rstrip(b"\0").partition(b".")[2].decode()
+        content = start + BLOCK_BYTES
+        end = content + int(blocks[start + 124 : start + 135], 8)
+        members[name] = blocks[content:end]
+        start = end + -end % BLOCK_BYTES
+    return members
+
+
+def record_end(head: bytes) -> int:
+    """Returns where the record of a sample ends, counted from the start of its header."""
+    return BLOCK_BYTES + int(head[124:135], 8)
+
+
+def parse_record(head: bytes) -> dict[str, Any]:
+    """Returns the record of a sample from its first blocks, which hold all of it."""
+    return json.loads(head[BLOCK_BYTES : record_end(head)])

@@ -1,0 +1,94 @@
+"""The stream under `ShardSet`: what is in a tar, what the listings must say, and streaming's own data set on top."""
+
+import json
+import tarfile
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from streaming import StreamingDataset
+from streaming.base.stream import streams_registry
+from streaming.base.util import clean_stale_shared_memory
+
+from data_prep.output import FORMAT
+from data_prep.tar_writer import tar_sample
+from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.tar_reader import parse_record, record_end, split_members
+from pipeline.shards.tar_stream import TarStream, read_listings
+
+
+def test_members_are_cut_as_tarfile_cuts_them(shard_folder, tmp_path):
+    members = {"json": b'{"id": 1}', "0.jpg": b"", "1.png": bytes(512), "2.gif": b"x" * 513}
+    blocks = tar_sample("000000042", members.items())
+    assert split_members(blocks) == members
+    assert record_end(blocks) == 512 + 9 and parse_record(blocks) == {"id": 1}
+    shards, number = ShardSet(shard_folder), 0
+    for reader in shards.readers:
+        with tarfile.open(reader.path) as tar:
+            for key in reader.sidecar()["keys"]:
+                found = shards.members(number)
+                number += 1
+                for name, data in found.items():
+                    file = tar.extractfile(f"{key}.{name}")
+                    assert file and file.read() == data
+    assert number == len(shards)
+
+
+@pytest.fixture
+def no_shared_memory_left():
+    """Stock data sets share memory between processes, and leave it."""
+    yield
+    clean_stale_shared_memory()
+
+
+@pytest.mark.parametrize("how", ["stream", "name", "in place"])
+def test_streamings_own_data_set_reads_our_tars(shard_folder, tmp_path, how, no_shared_memory_left):
+    remote: dict[str, Any] = {"remote": f"file://{shard_folder}", "local": str(tmp_path / how)}
+    if how == "name":
+        dataset = StreamingDataset(stream_name=FORMAT, batch_size=1, **remote)
+    else:
+        stream = TarStream(local=str(shard_folder)) if how == "in place" else TarStream(**remote)
+        dataset = StreamingDataset(streams=[stream], batch_size=1)
+    shards = ShardSet(shard_folder)
+    assert list(dataset) == [shards.members(number) for number in range(len(shards))]
+    assert streams_registry.get(FORMAT) is TarStream
+
+
+def test_streaming_does_not_tidy_up_shards_in_place(shard_folder, tmp_path):
+    """It removes a data file whose meta file is missing, which without a remote is the only copy."""
+    folder = copytree(shard_folder, tmp_path / "shards")
+    (folder / "shard-000001.json").unlink()
+    reader = TarStream(local=str(folder)).open()[1]
+    assert reader.set_up_local({str(reader.path)}, safe_keep_zip=True) == 0
+    assert reader.path.is_file() and reader.evict() == 0 and reader.path.is_file()
+
+
+def change(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_listings_must_agree(shard_folder, tmp_path):
+    folder = copytree(shard_folder, tmp_path / "shards")
+    manifest, index = read_listings(str(folder))
+    assert len(manifest["shards"]) == len(index["shards"])
+    refused = {**manifest["shards"][0], "num_samples": 0}
+    for name, value, message in [
+        ("manifest.json", {"fingerprint": "0" * 64}, "list different shards"),
+        ("manifest.json", {"shards": manifest["shards"][::-1]}, "list different shards"),
+        ("manifest.json", {"shards": [*manifest["shards"], refused]}, "list different shards"),  # other fingerprint
+        ("index.json", {"shards": index["shards"][1:]}, "list different shards"),
+        ("index.json", {"shards": [{**index["shards"][0], "format": "mds"}]}, "damaged .format 'mds', not 'saisa-tar'"),
+        ("index.json", {"shards": None}, "its listings are damaged"),
+    ]:
+        before = (folder / name).read_text()
+        change(folder / name, **value)
+        with pytest.raises(ValueError, match=f"{message}.*run `make shards` again"):
+            ShardSet(folder)
+        (folder / name).write_text(before)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="its listings are damaged"):
+        ShardSet(folder)
+    (folder / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"no finished shards here \(no index.json\)"):
+        ShardSet(folder)
