@@ -129,7 +129,7 @@ test-hf: setup ## exported folders load, answer and save on transformers 4.57 an
 	$(PYTHON) -m tests.hf_compat.make_folder .envs/hf_compat
 	@for n in 5 4; do \
 	  (cd .envs/hf_compat && env -u PYTHONPATH HF_HOME=$$PWD/home$$n HF_HUB_OFFLINE=1 ../hf$$n/bin/python -m pytest -q \
-	    -p no:cacheprovider -c /dev/null --rootdir=. check_folder.py) || exit 1; \
+	    -p no:cacheprovider -c /dev/null --rootdir=. check_*.py) || exit 1; \
 	done
 
 test-energon: setup ## megatron-energon prepares and reads the shards, in an environment of its own

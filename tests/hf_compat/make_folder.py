@@ -1,6 +1,6 @@
 """Makes tiny random exports, with the answers they must give: `python -m tests.hf_compat.make_folder OUT`.
 
-`check_folder.py`, which comes along, then runs in other environments, where nothing of this repository is on the path.
+The `check_*.py`, which come along, then run in other environments, where nothing of this repository is on the path.
 """
 
 import shutil
@@ -83,7 +83,8 @@ def main(out: Path) -> None:
         }
     shutil.rmtree(out / "work")
     torch.save(expected, out / "expected.pt")
-    shutil.copyfile(Path(__file__).with_name("check_folder.py"), out / "check_folder.py")
+    for file in Path(__file__).parent.glob("check_*.py"):
+        shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":
