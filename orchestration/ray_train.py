@@ -8,7 +8,7 @@ does. A worker that dies restarts the group, which continues from the last check
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def train_on_ray(run: RunConfig, num_workers: int, cpus_per_worker: float, max_f
 def main(
     config: Annotated[Path, typer.Option(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
-    resume: Annotated[Literal["auto", "previous"] | None, typer.Option(help="short for checkpoint.resume=...")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto or newest_whole; short for checkpoint.resume=...")] = None,
     root: Annotated[
         Path, typer.Option(help="relative paths of the run mean this folder; every node must see it")
     ] = Path(),

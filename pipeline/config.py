@@ -102,9 +102,16 @@ class CheckpointConfig(Section):
         default=False,
         description="training goes on while a forked process writes; a kill then loses up to twice save_every_steps",
     )
-    resume: Literal["auto", "previous"] = Field(
-        default="auto", description="auto: from the last checkpoint, if any; previous: from the last that is whole"
+    resume: Literal["auto", "newest_whole"] = Field(
+        default="auto", description="auto: from the newest checkpoint, if any; newest_whole: damaged ones are set aside"
     )
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        if value == "previous":
+            raise ValueError("checkpoint.resume='previous' is called newest_whole now, which it meant; use that word")
+        return value
 
 
 class LogConfig(Section):

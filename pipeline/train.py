@@ -7,7 +7,7 @@ The same command continues an interrupted run from its last checkpoint. `pipelin
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ from pipeline.config import load_config, to_yaml, with_resume
 def main(
     config: Annotated[Path, typer.Option(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
-    resume: Annotated[Literal["auto", "previous"] | None, typer.Option(help="short for checkpoint.resume=...")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto or newest_whole; short for checkpoint.resume=...")] = None,
     print_config: Annotated[bool, typer.Option(help="print the resolved configuration and exit")] = False,
 ) -> None:
     """Trains one phase of SAISA."""

@@ -28,25 +28,26 @@ from pipeline.optimizer import load_optimizer_state
 SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
 ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
 OTHER_VERSION = "perhaps of another version of megatron-core; use that, or another run_dir"
-GO_BACK = "checkpoint.resume=previous goes on from the one before it"
 
 
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """Returns the checkpoint a run goes on from, or None: `auto` the newest, `previous` the newest that is whole.
+    """Returns the checkpoint a run goes on from, or None: `auto` the newest, `newest_whole` past damaged ones.
 
     All processes call it.
 
     Raises:
-        ValueError: The newest is damaged; with `previous`, all of them.
+        ValueError: The newest is damaged; with `newest_whole`, all of them.
     """
     checkpoints = broadcast_from_rank0(lambda: checkpoints_of(run_dir))
-    for checkpoint in checkpoints:
+    for number, checkpoint in enumerate(checkpoints):
         if not (damaged := damaged_files(checkpoint)):
             return checkpoint
         if checkpoint == checkpoints[-1]:
-            raise _damage(checkpoint, ", ".join(damaged), "there is none before it; use another run_dir")
+            way_out = "none is left to go on from" if number else "there is no other"
+            raise _damage(checkpoint, ", ".join(damaged), f"{way_out}; use another run_dir")
         if resume == "auto":
-            raise _damage(checkpoint, ", ".join(damaged), GO_BACK)
+            way_out = f"checkpoint.resume=newest_whole looks for a whole one before it, from {checkpoints[1].name} on"
+            raise _damage(checkpoint, ", ".join(damaged), way_out)
     return None
 
 
@@ -107,7 +108,8 @@ def sharded_state(
 
 def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
     """Returns the whole (unsharded) parameters a checkpoint holds, by our names, without the optimizer."""
-    way_out = "name the one before it, if there is one"
+    before = [other for other in checkpoints_of(checkpoint.parent.parent) if other.name < checkpoint.name]
+    way_out = f"try {before[0]} instead" if before else "there is none before it"
     if damaged := damaged_files(checkpoint):
         raise _damage(checkpoint, ", ".join(damaged), way_out)
     metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))

@@ -56,6 +56,7 @@ def test_overrides_win_over_the_file():
         ("model.vision.select_layer=-9", "must be one of the 3 hidden states"),
         ("train.global_batch_size=0", "train.global_batch_size=0: input should be greater than 0"),
         ("compute.precision=fp64", "compute.precision='fp64': input should be 'bf16', 'fp32' or 'fp8'"),
+        ("checkpoint.resume=previous", "checkpoint.resume='previous' is called newest_whole now"),
         ("optim.learning_rate", "must look like section.key=value"),
         ("phase.x=1", "'phase' is a single value"),
     ],

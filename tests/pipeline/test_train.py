@@ -16,7 +16,7 @@ from common.files import locked
 from model.weights import SHARED, read_safetensors
 from pipeline import loop as training
 from pipeline import step as step_module
-from pipeline.checkpoint.checkpoint import load_trained_parameters
+from pipeline.checkpoint.checkpoint import choose_checkpoint, load_trained_parameters
 from pipeline.checkpoint.run_info import find_checkpoint, latest_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.loop import train
@@ -105,15 +105,30 @@ def test_a_damaged_checkpoint_is_named(stage2, tmp_path):
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(
-        ValueError, match="step-00000006: damaged .*checkpoint.resume=previous goes on from the one before it"
+        ValueError, match="step-00000006: damaged .*checkpoint.resume=newest_whole looks for a whole one before it, from step-00000004 on"
     ):
         train(config)
     shutdown_distributed()
-    settings = config.checkpoint.model_copy(update={"resume": "previous"})
+    settings = config.checkpoint.model_copy(update={"resume": "newest_whole"})
     train(config.model_copy(update={"checkpoint": settings}))
     assert losses(config.run_dir) == losses(stage2.run_dir)
     names = sorted(folder.name for folder in checkpoint.parent.iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000006", "step-00000006.set-aside"]
+
+
+def test_what_is_said_of_the_checkpoints_before_a_damaged_one_is_true(stage2, tmp_path):
+    shutil.copytree(stage2.run_dir, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    initialize_distributed()
+    for step, way_out in ((6, f"try {folder}/step-00000004 instead"), (2, "there is none before it")):
+        (folder / f"step-{step:08d}/info.json").write_text("{")
+        with pytest.raises(ValueError, match=f"damaged .info.json.; {way_out}"):
+            load_trained_parameters(folder / f"step-{step:08d}")
+    for other in ("step-00000004", "step-00000006"):
+        shutil.rmtree(folder / other)
+    with pytest.raises(ValueError, match="step-00000002: damaged .*; there is no other; use another run_dir"):
+        choose_checkpoint(tmp_path / "run", "auto")
+    shutdown_distributed()
 
 
 @pytest.mark.parametrize("byte", [0.3, 0.6, 0.9])
@@ -129,10 +144,10 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(stage2, tmp_path, byte):
     shutdown_distributed()
 
 
-def test_previous_goes_back_as_far_as_there_is_damage_and_no_further(stage2, tmp_path):
+def test_newest_whole_goes_back_as_far_as_there_is_damage_and_no_further(stage2, tmp_path):
     shutil.copytree(stage2.run_dir, tmp_path / "run")
-    previous = stage2.checkpoint.model_copy(update={"resume": "previous"})
-    config = stage2.model_copy(update={"run_dir": tmp_path / "run", "checkpoint": previous})
+    newest_whole = stage2.checkpoint.model_copy(update={"resume": "newest_whole"})
+    config = stage2.model_copy(update={"run_dir": tmp_path / "run", "checkpoint": newest_whole})
     folder, before = config.run_dir / "checkpoints", (stage2.run_dir / "metrics.jsonl").read_text()
     train(config)  # nothing is damaged: the run is finished
     assert (config.run_dir / "metrics.jsonl").read_text() == before
@@ -144,7 +159,7 @@ def test_previous_goes_back_as_far_as_there_is_damage_and_no_further(stage2, tmp
     assert sorted(os.listdir(folder)) == names
     for checkpoint in folder.glob("step-????????"):
         (checkpoint / "integrity.json").unlink()
-    with pytest.raises(ValueError, match="step-00000002: damaged .integrity.json.; there is none before it;"):
+    with pytest.raises(ValueError, match="step-00000002: damaged .integrity.json.; none is left to go on from; use another run_dir"):
         train(config)
     shutdown_distributed()
 
@@ -315,16 +330,20 @@ def test_a_run_under_torchrun_stops_as_a_whole_and_goes_on(world, tmp_path, num_
         assert find_checkpoint(tmp_path).name == f"step-{stopped:08d}"
 
 
-def test_the_command_line_ends_with_2_for_a_wrong_setting(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), "trian.seed=1"])
+@pytest.mark.parametrize(
+    ("wrong", "way_out"),
+    [(["trian.seed=1"], "did you mean 'train'?"), (["--resume", "previous"], "is called newest_whole now")],
+)
+def test_the_command_line_ends_with_2_for_a_wrong_setting(wrong, way_out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), *wrong])
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 2
     (told,) = capsys.readouterr().err.splitlines()
-    assert "did you mean 'train'?" in told
+    assert way_out in told
 
 
-@pytest.mark.parametrize(("options", "said"), [([], "auto"), (["--resume", "previous"], "previous")])
+@pytest.mark.parametrize(("options", "said"), [([], "auto"), (["--resume", "newest_whole"], "newest_whole")])
 def test_resume_is_an_option_too(options, said, monkeypatch, capsys):
     command = ["train", "--config", str(CONFIGS / "demo-stage1.yaml"), *options, "--print-config"]
     monkeypatch.setattr(sys, "argv", command)
