@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -25,7 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import CLIPImageProcessor
 
-from common.console import run
+from common.console import build_console, run
 from model.hf.image_processing_saisa import CLIP_MEAN, SaisaImageProcessor
 from pipeline.data.images import decode_image, is_fast
 
@@ -114,7 +113,7 @@ def main(
 ) -> None:
     """Measure image decoding on one core."""
     torch.set_num_threads(1)
-    files, found, console = check_photos(photos), {}, Console()
+    files, found, console = check_photos(photos), {}, build_console()
     for aspect_ratio in ("pad", "square"):
         ways = paths(aspect_ratio)
         seconds = measure(ways, files, rounds)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from common.console import run
+from common.console import build_console, run
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from orchestration.demo import CONFIGS
@@ -57,7 +56,7 @@ def main(
 
     seeing, blind = (evaluate(out / "export", out / "test.json", data, blind=blank) for blank in (False, True))
     guessing = question_only_accuracy(*(read_questions(out / f"{name}.json") for name in parts))
-    Console(highlight=False, soft_wrap=True).print(
+    build_console().print(
         f"{seeing.num_questions:,} questions about images it was not trained on: {seeing.accuracy:.1%} right, "
         f"{blind.accuracy:.1%} without the image, {guessing:.1%} by guessing from the question"
     )

@@ -15,10 +15,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from common.console import run
+from common.console import build_console, run
 from pipeline.config import RunConfig, load_config
 from pipeline.data.lengths import LengthTable
 from pipeline.data.order import Source
@@ -83,7 +82,7 @@ def main(
     shown = Table("665,298 samples, batches of 128 on 8 ranks", "")
     for name, value in found.items():
         shown.add_row(name.replace("_", " "), f"{value:.2%}" if name.endswith("fraction") else f"{value:,.3f}")
-    Console().print(shown)
+    build_console().print(shown)
     if json_file:
         json_file.write_text(json.dumps(found, indent=1))
 

@@ -6,22 +6,60 @@
 
 Code raises `ValueError` (or `OSError`) for what a user can fix and this file turns it into one line without a
 traceback; set `SAISA_TRACEBACK=1` to see where it came from. Any other exception is a bug and keeps its traceback.
+
+Names and texts of a data set are printed as they are, here alone: rich would take `[/INST]` for markup, `:)` for an
+emoji, and a terminal would obey its escape sequences.
 """
 
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from io import TextIOWrapper
+from typing import Any
 
 import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.segment import Segment
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys; a tab and the end of a line do no harm."""
 
 
 class UsageError(ValueError):
     """A wrong command line or configuration: the command ends with exit status 2."""
 
 
+def plain(text: str, encoding: str = "utf-8") -> str:
+    r"""Returns a text with `\x1b` or `\u56fe` for each character that a terminal would obey or cannot show."""
+    text = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class _PlainConsole(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yields what is printed; colours and cursor moves of rich's own are not part of a segment's text."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else plain(text, self.encoding), style, control)
+
+
+def build_console(stderr: bool = False, **options: Any) -> Console:
+    """Returns a console that prints every text as it is; a style is given beside a text, never in it."""
+    return _PlainConsole(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False, **options)
+
+
+def build_progress(console: Console, *columns: str | ProgressColumn, **options: Any) -> Progress:
+    """Returns a progress display; a column that is a text shows fields of the task, such as `{task.description}`."""
+    built = [TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns]
+    return Progress(*built, console=console, **options)
+
+
 def run(main: Callable[..., None]) -> None:
     """Runs `main` as the command line of this process: its parameters become options, its docstring the help."""
+    if isinstance(sys.stdout, TextIOWrapper):  # like stderr: a name outside the locale must not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command(main))
     app()
@@ -50,7 +88,7 @@ def _report(error: ValueError | OSError) -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
         who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ['RANK']})"
-        print(f"error{who}: {_tell(error)}", file=sys.stderr)
+        print(f"error{who}: {plain(_tell(error))}", file=sys.stderr)
 
 
 def _tell(error: ValueError | OSError) -> str:

@@ -23,11 +23,11 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, run
 from common.files import Location, open_file, open_location, read_whole, write_whole
 from data_prep.report_shard import Card, ReportTask, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
-from data_prep.reporting import build_progress
+from data_prep.reporting import build_task_progress
 from data_prep.runner import ray_session, run_tasks
 
 HISTOGRAMS: tuple[tuple[str, str, str, float], ...] = (
@@ -81,7 +81,7 @@ def write_report(
     folder: Location, manifest: dict, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
 ) -> None:
     """Writes the page about a finished shard directory: the same one whatever the number of workers."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = build_console(stderr=True)
     tasks = build_tasks(folder, manifest["shards"], num_samples, seed)
     stats, cards = read_shards(tasks, manifest["num_samples"], console, workers)
     text = render(folder, manifest, stats, cards, count_rejects(folder))
@@ -89,8 +89,6 @@ def write_report(
     console.print(
         f"{manifest['num_samples']:,} samples looked at, {len(cards):,} shown\n"
         f"written to {page} ({size_text(page.stat().st_size)}); open it in a browser",
-        highlight=False,
-        markup=False,
     )
 
 
@@ -113,7 +111,7 @@ def read_shards(
 ) -> tuple[Stats, list[Card]]:
     """Returns the statistics of all shards and the samples to show in the order of their keys, showing progress."""
     stats, cards, num_read = {}, [], 0
-    with ray_session(None, workers) as in_flight, build_progress(console) as progress:
+    with ray_session(None, workers) as in_flight, build_task_progress(console) as progress:
         started, bar = time.monotonic(), progress.add_task("read ", total=num_samples, note="")
         for number, report in enumerate(run_tasks(read_shard, tasks, in_flight), start=1):
             merge(stats, report.stats)

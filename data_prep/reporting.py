@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from common.console import build_progress
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
 
@@ -38,7 +38,7 @@ class RejectLog:
             self.rejects.append(reject)
             if reject.kind not in known:
                 known.add(reject.kind)
-                self.console.print(f"refused ({reject.kind}): {self.describe(reject)}", highlight=False, markup=False)
+                self.console.print(f"refused ({reject.kind}): {self.describe(reject)}")
         num_bad = sum(reject.kind != DUPLICATE for reject in self.rejects)
         if num_bad > self.max_bad_fraction * self.num_rows:
             raise TooManyRefused(
@@ -56,15 +56,15 @@ class RejectLog:
         table = Table("refused because", "rows", "for example")
         first = {reject.kind: self.describe(reject) for reject in sorted(self.rejects, reverse=True)}
         for kind, count in Counter(reject.kind for reject in self.rejects).most_common():
-            table.add_row(kind, f"{count:,}", Text(first[kind]))
+            table.add_row(kind, f"{count:,}", first[kind])
         if self.rejects:
             self.console.print(table)
 
 
-def build_progress(console: Console) -> Progress:
+def build_task_progress(console: Console) -> Progress:
     """Returns a progress display whose tasks carry a `note`: what a count or a rate is worth saying."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    return Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+    columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", "{task.fields[note]}")
+    return build_progress(console, *columns, TimeRemainingColumn())
 
 
 def plan_text(num_rows: int, plan: Plan, num_bytes: int) -> str:

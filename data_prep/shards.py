@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, run
 from common.files import Location, locked, open_location
 from data_prep import output
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
-from data_prep.reporting import RejectLog, build_progress, plan_text, summary_text
+from data_prep.reporting import RejectLog, build_task_progress, plan_text, summary_text
 from data_prep.runner import ray_session, run_tasks
 from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
 from data_prep.source import Source, open_source
@@ -86,7 +85,7 @@ def show_plan(
     data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, max_bad_fraction: float = 0.01
 ) -> Plan:
     """Returns the plan that a run would follow, and shows what it would refuse before it reads an image."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = build_console(stderr=True)
     with open_source(data, images, settings, console) as source:
         reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
         try:
@@ -94,7 +93,7 @@ def show_plan(
         finally:
             reject_log.show_table()
         plan = build_plan(source.scan, settings)
-        console.print(plan_text(source.scan.num_rows, plan, sum(source.scan.sample_bytes)), highlight=False)
+        console.print(plan_text(source.scan.num_rows, plan, sum(source.scan.sample_bytes)))
         return plan
 
 
@@ -112,7 +111,7 @@ def make_shards(
     Raises:
         ValueError: The input is unreadable, too much of it is bad, or `out` holds something else.
     """
-    started, console = time.monotonic(), Console(stderr=True, soft_wrap=True)
+    started, console = time.monotonic(), build_console(stderr=True)
     folder = open_location(out)
     with open_source(data, images, settings, console) as source:
         plan_identity = identity(source.scan, settings, source.description["data"]["sha256"])
@@ -129,7 +128,7 @@ def make_shards(
     reject_log.show_table()
     num_kept = sum(not summary.is_new for summary in summaries)
     text = summary_text(manifest, num_kept, time.monotonic() - started, folder)
-    console.print(text, highlight=False, markup=False)
+    console.print(text)
     return manifest
 
 
@@ -182,7 +181,7 @@ def write_shards(
 ) -> list[ShardSummary]:
     """Returns the summaries of all shards, written or found whole, showing rate and time left."""
     summaries, num_done, num_shards = [], 0, len(plan.shards)
-    with ray_session(address, workers) as in_flight, build_progress(reject_log.console) as progress:
+    with ray_session(address, workers) as in_flight, build_task_progress(reject_log.console) as progress:
         started, bar = time.monotonic(), progress.add_task("write", total=len(plan.order), note="")
         for summary in run_tasks(write_shard, tasks, in_flight):
             summaries.append(summary)

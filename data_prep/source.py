@@ -13,7 +13,7 @@ from common.files import local_copy, open_location
 from data_prep.image_roots import ImageRoots, open_images
 from data_prep.json_rows import Row, read_rows
 from data_prep.plan import Scan, Settings, scan_rows
-from data_prep.reporting import build_progress
+from data_prep.reporting import build_task_progress
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_source(
 def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:
     """Returns the checked rows of `data`, which errors call `name`, showing how far it has got."""
     started, total = time.monotonic(), data.stat().st_size
-    with build_progress(console) as progress:
+    with build_task_progress(console) as progress:
         bar = progress.add_task("scan ", total=total, note="")
 
         def watched() -> Iterator[Row]:

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, run
 from common.files import Location, file_sizes, open_location, read_whole
 from data_prep.output import build_index, build_manifest, reject_line
 from data_prep.plan import Settings
-from data_prep.reporting import build_progress
+from data_prep.reporting import build_task_progress
 from data_prep.runner import ray_session, run_tasks
 from data_prep.shard_task import ShardSummary
 from data_prep.verify_shard import MISSING, Problem, Verdict, VerifyTask, open_buffered, shorten, verify_shard
@@ -49,7 +49,7 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
     Raises:
         ValueError: Something is not, or the directory is not finished.
     """
-    console, folder = Console(stderr=True, soft_wrap=True), open_location(out)
+    console, folder = build_console(stderr=True), open_location(out)
     listings = read_listings(folder)
     present = {} if str(folder).startswith("http") else file_sizes(folder)  # web servers list nothing, or refuse to
     found = list(unlisted(present, listings.tasks))
@@ -68,7 +68,7 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
         )
     manifest = listings.manifest
     text = f"{manifest['num_samples']:,} samples in {len(verdicts):,} shards, every byte as it was written"
-    console.print(text, highlight=False)
+    console.print(text)
     return manifest
 
 
@@ -151,7 +151,7 @@ def read_shards(
 ) -> list[Verdict]:
     """Returns what was found in each shard, after showing it, as shards are read."""
     verdicts, num_done = [], 0
-    with ray_session(address, workers) as in_flight, build_progress(console) as progress:
+    with ray_session(address, workers) as in_flight, build_task_progress(console) as progress:
         started, bar = (
             time.monotonic(),
             progress.add_task("read ", total=sum(task.num_bytes for task in tasks), note=""),
@@ -230,7 +230,7 @@ def check_rejects(folder: Location, listings: Listings, summaries: Iterable[Shar
 def show(problems: Iterable[Problem], console: Console) -> None:
     """Prints a line for each problem."""
     for problem in problems:
-        console.print(str(problem), highlight=False, markup=False)
+        console.print(str(problem))
 
 
 if __name__ == "__main__":

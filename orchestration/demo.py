@@ -23,8 +23,9 @@ from typing import Annotated
 import psutil
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, run
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
 from data_prep.shards import make_shards
@@ -50,7 +51,7 @@ def main(
     num_test: Annotated[int, typer.Option(help="held-out images, four or five questions each")] = 300,
 ) -> None:
     """Runs the whole pipeline on drawn shapes and scores the result."""
-    console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
+    console, started = build_console(), time.monotonic()
     clear(out)
     with peak_memory() as memory:
         build_model(out, seed, num_train, num_test, console)
@@ -71,8 +72,8 @@ def main(
     print_scores(seeing, blind, console)
     example = seeing.answers[0]
     picture = images / example.question.images[0]
+    console.print(Text.assemble(f"{picture}: {example.question.text} ", (example.text, "bold")))
     console.print(
-        f"{picture}: {example.question.text} [bold]{example.text}[/bold]\n"
         f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without the picture; "
         f"{seconds:.0f} s, at most {peak / 1e9:.1f} GB of memory\n"
         f"Look at {out / 'loss.png'} and {out / 'examples.html'}, or ask it: make chat MODEL={model} IMAGE={picture}"
@@ -132,7 +133,7 @@ def build_model(out: Path, seed: int, num_train: int, num_test: int, console: Co
 
 def tell(console: Console, number: int, what: str, module: str) -> None:
     """Prints the heading of a step and the command that does it alone."""
-    console.print(f"\n[bold]{number}/7 {what}[/bold]  [dim]python -m {module}[/dim]")
+    console.print(Text.assemble((f"\n{number}/7 {what}", "bold"), (f"  python -m {module}", "dim")))
 
 
 @contextmanager

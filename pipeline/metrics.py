@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.console import UsageError
+from common.console import UsageError, build_console, build_progress
 from common.files import write_whole
 from pipeline.config import LogConfig
 from pipeline.data.schedule import BatchCounts
@@ -108,10 +107,10 @@ class MetricsLog:
         self.config, self.num_steps, self.silent = config, num_steps, not is_first_rank
         if self.silent:
             return
-        self.console = Console()
-        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")]
-        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.console = build_console()
+        columns = ["step", MofNCompleteColumn(), BarColumn(), "{task.description}"]
+        columns += [TimeElapsedColumn(), "left", TimeRemainingColumn()]
+        self.progress = build_progress(self.console, *columns, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)
         _drop_from(run_dir / "metrics.jsonl", first_step)
         self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
@@ -163,7 +162,7 @@ class MetricsLog:
     def say(self, line: str) -> None:
         """Prints one line, above the progress bar if there is one."""
         if not self.silent:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line)
 
 
 def start_wandb(project: str, run_dir: Path) -> Any:

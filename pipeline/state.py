@@ -7,8 +7,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from rich.console import Console
 
+from common.console import build_console
 from model.attention import check_backend, installed_kernels
 from model.backend import check_fp8, check_machine
 from model.compute import build_transformer_config, compute_dtype
@@ -66,7 +66,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     sets = open_shards(config)
-    table = broadcast_from_rank0(lambda: load_table(config, sets, Console(stderr=True)))
+    table = broadcast_from_rank0(lambda: load_table(config, sets, build_console(stderr=True)))
     coordinates = RankCoordinates(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
     source = build_source(config, sets, table, coordinates)
     stages = build_stages(config, groups, layers_per_stage(config, table))

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from rich.console import Console
 from rich.table import Table
+
+from common.console import build_console
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def report(
         verdict = "" if figure.met is None else ": met" if figure.met else ": MISSED"
         value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
         table.add_row(figure.what, f"{value} {figure.unit}", figure.target + verdict)
-    Console().print(table)
+    build_console().print(table)
     if machine:
-        Console().print("measured on", ", ".join(f"{name} {version}" for name, version in machine.items()))
+        build_console().print("measured on", ", ".join(f"{name} {version}" for name, version in machine.items()))
     if json_file:
         versions = {name: metadata.version(name) for name in ("ray", "pillow", "numpy")} | (machine or {})
         measured_on = {"cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}

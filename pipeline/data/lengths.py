@@ -17,9 +17,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from common.console import build_progress
 from common.files import write_whole
 from pipeline.data.samples import ENCODING, build_sample
 from pipeline.data.templates import ConversationError, Tokenizer
@@ -85,7 +86,8 @@ def length_table(shards: ShardSet, encoding: Encoding, cache: Path, console: Con
     file = cache / f"lengths-{name}.npz"
     if file.is_file():
         return _load(file, len(shards))
-    with Progress(console=console, transient=True) as progress:
+    columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeRemainingColumn())
+    with build_progress(console, *columns, transient=True) as progress:
         task = progress.add_task(f"token lengths of {shards.location}", total=len(shards))
         parts = []
         for part in _measure_all(shards, encoding):

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, run
 from common.files import write_whole
 from pipeline.config import load_config
 
@@ -25,13 +24,13 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, after the file")] = None,
 ) -> None:
     """Show the packs of one step: decoded text with targets marked, images, sizes."""
-    resolved, console = load_config(config, overrides or []), Console(soft_wrap=True, highlight=False)
+    resolved, console = load_config(config, overrides or []), build_console()
     # These take seconds: not before the configuration is known to be right
     from pipeline.data.batches import RankCoordinates, build_source, load_table, open_shards
     from pipeline.data.preview_page import describe, headline, marked, page
 
     sets = open_shards(resolved)
-    table = load_table(resolved, sets, Console(stderr=True))
+    table = load_table(resolved, sets, build_console(stderr=True))
     shown = range(ranks) if rank is None else [rank]
     if ranks < 1 or (rank is not None and not 0 <= rank < ranks):
         raise UsageError(f"--rank {rank} --ranks {ranks}: name a rank below the number of ranks")

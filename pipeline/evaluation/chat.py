@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from typer import Option
 
-from common.console import UsageError, run
+from common.console import UsageError, plain, run
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import check_export
@@ -122,7 +122,7 @@ def main(
         raise UsageError("--question is empty; leave it out to ask interactively")
     chat = load_chat(model, image, device, max_new_tokens=max_new_tokens, temperature=temperature)
     for asked in [question.strip()] if question is not None else _questions():
-        print(chat.ask(asked), flush=True)
+        print(plain(chat.ask(asked)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer import Option
 
-from common.console import UsageError, run
+from common.console import UsageError, build_console, build_progress, plain, run
 from model.hf_folder import check_export
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
 
@@ -77,8 +76,7 @@ def answer_all(
     texts: dict[int, str] = {}
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].text)))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    console = Console(stderr=True)
-    for batch in track(batches, "asking", console=console, transient=True, disable=not console.is_terminal):
+    for batch in _shown(batches):
         asked = [questions[index] for index in batch]
         prompts = [
             processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
@@ -98,6 +96,14 @@ def answer_all(
         said = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         texts.update(zip(batch, said, strict=True))
     return tuple(Answer(question, texts[index].strip()) for index, question in enumerate(questions))
+
+
+def _shown(batches: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Yields the batches, with a progress bar if somebody watches."""
+    console = build_console(stderr=True)
+    columns = ("{task.description}", BarColumn(), TimeRemainingColumn())
+    with build_progress(console, *columns, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(batches, description="asking")
 
 
 def write_result(result: EvaluationResult, out: Path, **more: Any) -> None:
@@ -166,7 +172,7 @@ def main(
         guessed_from = read_questions(baseline_data, parse_rows(baseline_rows, "--baseline-rows"))
     result = evaluate(model, data, images, blind, rows=chosen, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for family, accuracy in result.per_family.items():
-        print(f"{family:12} {accuracy:.1%}")
+        print(f"{plain(family):12} {accuracy:.1%}")
     print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")
     more: dict[str, Any] = {"blind": blind}
     if guessed_from:

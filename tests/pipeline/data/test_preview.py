@@ -7,11 +7,12 @@ import re
 import numpy as np
 import typer
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from common.console import command
 from pipeline.data.batches import RankCoordinates, build_source, load_table, open_shards
-from pipeline.data.preview import Console, main
+from pipeline.data.preview import main
 from pipeline.data.preview_page import describe, page
 from tests.world import CONFIGS
 
