@@ -75,7 +75,7 @@ class OptimConfig(Section):
 
     learning_rate: float = Field(gt=0)
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of all that is trained, biases and norms too")
     adam_beta1: float = Field(default=0.9, gt=0, lt=1)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)

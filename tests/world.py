@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
@@ -112,6 +114,22 @@ def deep_world(tmp_path_factory: pytest.TempPathFactory) -> World:
             one["conversations"] = [first | {"value": "<image>\n" + first["value"]}, answer]
     (root / "data/mixed.json").write_text(json.dumps(rows))
     return replace(build_world(root, DEEP_SIZES, "mixed.json"), batch_size=7)  # no two ranks have the same work
+
+
+@pytest.fixture(scope="session")
+def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with pictures that must be resized and padded or cropped: JPEGs and a PNG, wide and high."""
+    root = tmp_path_factory.mktemp("photos")
+    generator, rows = np.random.default_rng(0), []
+    for number, (width, height) in enumerate([(90, 70), (70, 150), (64, 64), (130, 80), (80, 100)]):
+        pixels = generator.integers(0, 256, (height // 10, width // 10, 3), np.uint8)
+        name = f"{number}.{'png' if number == 3 else 'jpg'}"
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(root / name)
+        turns = [("human", "<image>\nWhat is it?"), ("gpt", f"picture {number}")]
+        conversations = [{"from": speaker, "value": value} for speaker, value in turns]
+        rows.append({"id": f"photo-{number}", "image": name, "conversations": conversations})
+    (root / "rows.json").write_text(json.dumps(rows))
+    return shard_here(root / "rows.json", root, root / "shards", Settings())
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,12 @@ from multiprocessing import active_children
 import psutil
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from model.pack import IGNORE_INDEX
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, ShardSource
 from pipeline.data.batches import BatchSource, RankCoordinates, build_pack, build_source, load_table, open_shards
 from pipeline.data.samples import build_sample
 from pipeline.shards.shard_set import ShardSet
@@ -184,6 +185,39 @@ def test_padding_rows_have_no_target_and_stand_alone(stage2):
     assert padded.text_lengths == [num_rows, -num_rows % 64] and padded.image_counts == [*pack.image_counts, 0]
     assert torch.equal(padded.token_ids_T[:num_rows], pack.token_ids_T)
     assert torch.equal(padded.masks[0], pack.masks[0])
+
+
+def test_exact_images_are_pillows_own(world, photo_shards, tmp_path):
+    """A JPEG is decoded otherwise without `data.exact_images`, and then a few values differ."""
+    plain = world.config("demo-stage2", tmp_path, data__shards=photo_shards, init__projector="base")
+    differing = []
+    for exact in (True, False):
+        found = source(with_data(plain, exact_images=exact))
+        (shards,) = found.samples.sets
+        pixels = torch.cat([micro_batch.pixels_B3HW for micro_batch in found[0].micro_batches])
+        numbers = [number for pack in found.schedule.plan(0).packs[0] for number in pack]
+        paths = [image["path"] for number in numbers for image in shards.record(number)["images"]]
+        images = [Image.open(photo_shards.parent / path) for path in paths]
+        expected = torch.stack([found.image_processor.resize_to_uint8(image) for image in images])
+        differing.append(int((pixels != expected).sum()))
+    assert differing[0] == 0 < differing[1]
+
+
+def test_the_cache_of_a_run_keeps_its_limit(stage2, shard_folder, tmp_path):
+    limit = 3 * max(tar.stat().st_size for tar in shard_folder.glob("*.tar"))
+    changes = {"shards": (ShardSource(location=f"file://{shard_folder}"),), "cache": tmp_path, "cache_limit": limit}
+    shards = the_shards(with_data(stage2, **changes, shards_in_use=2))
+    for number in range(len(shards)):
+        shards.members(number)
+        assert 0 < sum(tar.stat().st_size for tar in tmp_path.glob("*/*.tar")) <= limit
+
+
+def test_more_shards_at_a_time_than_the_cache_holds_are_refused(stage2, shard_folder, tmp_path):
+    largest = max(tar.stat().st_size for tar in shard_folder.glob("*.tar"))
+    changes = {"shards": (ShardSource(location=f"file://{shard_folder}"),), "cache": tmp_path, "shards_in_use": 3}
+    open_shards(with_data(stage2, **changes, cache_limit=3 * largest))
+    with pytest.raises(ValueError, match="holds fewer than data.shards_in_use=3 shards of"):
+        open_shards(with_data(stage2, **changes, cache_limit=3 * largest - 1))
 
 
 def test_a_rank_without_samples_gets_a_pack_without_targets(stage2):

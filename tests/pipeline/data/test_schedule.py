@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import RunConfig, load_config
 from pipeline.data.lengths import LengthTable
-from pipeline.data.order import Source
+from pipeline.data.order import Source, order
 from pipeline.data.schedule import Schedule, _order
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "saisa-vicuna-7b-stage2.yaml"
@@ -76,6 +76,16 @@ def test_steps_follow_epochs_and_the_last_batch_is_short():
     assert schedule(train__max_steps=5).num_steps == 5
     mixed = schedule(sources=[Source(SIZES[:10], 0.5), Source(SIZES[10:], 2)])
     assert mixed.num_drawn == 200 + 800
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    planned, other = schedule(train__num_epochs=3), schedule(train__num_epochs=3, train__seed=1)
+    steps = planned.num_steps // 3
+    orders = [np.concatenate([planned.samples(epoch * steps + step) for step in range(steps)]) for epoch in range(3)]
+    for epoch, numbers in enumerate(orders):
+        assert numbers.tolist() == order(0, epoch, [Source(SIZES)], 3).tolist()
+        assert numbers.tolist() != orders[epoch - 1].tolist()
+        assert numbers[:64].tolist() != other.samples(epoch * steps).tolist()
 
 
 def test_samples_ahead_begin_with_the_batch():
