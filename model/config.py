@@ -14,9 +14,9 @@ BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks 
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, and an unknown key is an error."""
+    """Base of every configuration section: frozen; unknown keys and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class VisionConfig(Section):

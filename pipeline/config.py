@@ -9,17 +9,17 @@ Every section is a frozen model that forbids unknown keys. `load_config` raises 
 the setting, its value, the rule and the way out.
 """
 
-import difflib
 from math import lcm
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
 from common.console import UsageError
 from model.config import ComputeConfig, ModelConfig, Phase, Section
 from model.parallel import ParallelConfig, check_split
+from pipeline.config_text import apply_override, explain, nearest, read_yaml
 from pipeline.data.templates import TEMPLATES
 
 PROJECTOR_WORDS = ("random", "base")
@@ -187,16 +187,16 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     Raises:
         UsageError: one line that names the file or setting, its value, the rule and the way out.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     for key, value in list(values.items()):
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            values[key] = _read_yaml(path.parent / value)
+            values[key] = read_yaml(path.parent / value)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{path}: {'; '.join(_explain(item) for item in error.errors())}") from None
+        raise UsageError(f"{path}: {explain(error, RunConfig)}") from None
 
 
 def with_resume(overrides: list[str] | None, resume: str | None) -> list[str]:
@@ -221,61 +221,3 @@ def resolve_paths(config: RunConfig, root: Path) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Returns the resolved configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def nearest(name: str, known: Any) -> str:
-    """Returns " (did you mean 'x'?)" for the known name closest to `name`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name an existing YAML file, such as one of configs/") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: must hold `key: value` lines, found {type(values).__name__}")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UsageError(
-            f"override {override!r} must look like section.key=value, for example optim.learning_rate=2e-5"
-        )
-    *sections, key = path.split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise UsageError(f"override {override!r}: {section!r} is a single value, it has no {key!r} inside")
-    try:
-        target[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        target[key] = text
-
-
-def _explain(item: Any) -> str:
-    """Returns one pydantic error in the house style."""
-    location, kind = item["loc"], item["type"]
-    path = ".".join(str(part) for part in location)
-    if kind == "extra_forbidden":
-        fields = _fields_at(location[:-1])
-        return f"unknown setting {path}{nearest(str(location[-1]), fields)}; known here: {', '.join(fields)}"
-    if kind == "missing":
-        return f"{path} is required and missing; set it in the file or as {path}=..."
-    if kind == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{path}={item['input']!r}: {item['msg'].lower()}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        model = model.model_fields[part].annotation
-    assert issubclass(model, BaseModel)
-    return list(model.model_fields)

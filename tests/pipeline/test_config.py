@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from common.console import UsageError
-from pipeline.config import load_config, to_yaml
+from pipeline.config import RunConfig, load_config, to_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -54,9 +55,19 @@ def test_overrides_win_over_the_file():
         ("data.max_text_tokens_per_pack=8", "must be at least data.max_positions=256"),
         ("model.num_query_groups=3", "must divide model.num_attention_heads=4; use one of [1, 2, 4]"),
         ("model.vision.select_layer=-9", "must be one of the 3 hidden states"),
-        ("train.global_batch_size=0", "train.global_batch_size=0: input should be greater than 0"),
-        ("compute.precision=fp64", "compute.precision='fp64': input should be 'bf16', 'fp32' or 'fp8'"),
         ("checkpoint.resume=previous", "checkpoint.resume='previous' is called newest_whole now"),
+        ("train.global_batch_size=0", "train.global_batch_size=0: must be greater than 0"),
+        ("compute.precision=fp64", "compute.precision=fp64: must be 'bf16', 'fp32' or 'fp8'"),
+        ("train.max_steps=1.5", "train.max_steps=1.5: must be a whole number, such as 8"),
+        ("optim.adam_epsilon=small", "optim.adam_epsilon=small: must be a number, such as 2e-5"),
+        ("log.tensorboard=maybe", "log.tensorboard=maybe: must be true or false"),
+        ("run_dir=[a, b]", "run_dir=['a', 'b']: must be the path of a file or folder"),
+        ("run_dir=", "run_dir is required and missing; set it in the file or as run_dir=..."),
+        ("optim=3", "optim is a section, not 3; set optim.learning_rate=... and so on"),
+        ("data.template={x: y}", "data.template is a single setting, it has no x inside"),
+        ("data.shards=[{locatio: x}]", "unknown setting data.shards.0.locatio (did you mean 'location'?)"),
+        ("data.shards=[]", "data.shards=[]: must name at least one"),
+        ("parallel.layers_per_stage=[1, x]", "parallel.layers_per_stage.1=x: must be a whole number"),
         ("optim.learning_rate", "must look like section.key=value"),
         ("phase.x=1", "'phase' is a single value"),
     ],
@@ -66,6 +77,43 @@ def test_a_wrong_setting_says_the_way_out_in_one_line(override, message):
         load_config(CONFIGS / "demo-stage1.yaml", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["20241107", "2024-11-07", "007", "1e5", "12:30:00", "true", "0x10"])
+def test_a_path_or_a_text_is_what_was_typed(text, tmp_path):
+    """YAML makes a number, a date, 7, a string, 45000, True and 16 of these."""
+    stage1 = yaml.safe_load((CONFIGS / "demo-stage1.yaml").read_text())
+    typed = (CONFIGS / "demo-stage1.yaml").read_text().replace(str(stage1["run_dir"]), text)
+    file = tmp_path / "run.yaml"
+    file.write_text(typed.replace("models/", f"{CONFIGS}/models/"))
+    overrides = [f"init.base={text}", f"data.shards=[{{location: {text}}}]", f"log.wandb_project={text}"]
+    config = load_config(file, overrides)
+    assert (str(config.run_dir), str(config.init.base)) == (text, text)
+    assert (config.data.shards[0].location, config.log.wandb_project) == (text, text)
+
+
+def test_no_number_of_any_section_may_be_infinite_or_nothing():
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    floats = [
+        f"{section}.{name}"
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for name, field in kind.model_fields.items()
+        if field.annotation in (float, float | None)
+    ]
+    assert len(floats) >= 9 and "optim.learning_rate" in floats and "log.peak_tflops" in floats
+    for name in [*floats, "data.shards=[{location: x, repeat"]:
+        for number in ("inf", ".inf", "nan", "-.inf"):
+            with pytest.raises(UsageError, match="number|greater|least"):
+                load_config(
+                    CONFIGS / "demo-stage1.yaml", [f"{name}={number}" if "[" not in name else f"{name}: {number}}}]"]
+                )
+
+
+def test_a_file_that_is_not_text_says_so(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("run_dir: l\u00e4ufe".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"run.yaml: not UTF-8 .* save it as that"):
+        load_config(tmp_path / "run.yaml", [])
 
 
 def test_a_finetune_needs_projectors_to_start_from():
