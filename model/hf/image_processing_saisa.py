@@ -6,7 +6,7 @@
 
 The values equal, bit for bit, those of transformers' CLIPImageProcessor and SiglipImageProcessor (the Pillow ones),
 after LLaVA's padding to a square if `image_aspect_ratio` is "pad". This file is shipped inside exported checkpoints:
-it may import numpy, Pillow, torch and transformers only.
+it may import numpy, Pillow, torch, transformers and its neighbours only.
 """
 
 from typing import Any, cast
@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageCms
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+
+from .image_loading_saisa import list_images, load_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -165,23 +167,26 @@ class SaisaImageProcessor(BaseImageProcessor):
         """Red, green and blue of what "pad" adds, 0..255: the mean colour. Source: LLaVA, `process_images`."""
         return tuple(int(value * 255) for value in self.image_mean)
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, input_data_format: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Returns `pixel_values` f32[N, 3, H, W].
 
         Args:
-            images: a Pillow image, a uint8 array [H, W, 3] or [H, W], or a list of these.
+            images: an image in any form that `image_loading_saisa` knows, a batch [N, ...], or a list of these.
             return_tensors: "pt" or "np"; without, a list of arrays.
+            input_data_format: "channels_first" or "channels_last" for arrays whose shape does not tell.
             **kwargs: none; an option would have to be ignored.
         """
         if ignored := sorted(name for name, value in kwargs.items() if value is not None):
             raise TypeError(f"SaisaImageProcessor does not know the option {', '.join(ignored)}")
-        images = list(images) if isinstance(images, list | tuple) else [images]
-        pixels = [self.normalize(self.resize_to_uint8(image)).numpy() for image in images]
+        loaded = (load_image(image, input_data_format) for image in list_images(images))
+        pixels = [self.normalize(self.resize_to_uint8(image)).numpy() for image in loaded]
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def resize_to_uint8(self, image: Any) -> torch.Tensor:
+    def resize_to_uint8(self, image: Image.Image) -> torch.Tensor:
         """Returns the pixels of an image as uint8[3, H, W], resized and padded or cropped, not yet normalised."""
-        rgb = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        rgb = to_rgb(image)
         if self.image_aspect_ratio == "pad":
             rgb = self._pad_to_square(rgb)
         height, width = self.resized_size(*rgb.size)

@@ -7,16 +7,17 @@ them, so a tokenizer that opens a text with a space does so after each image. Th
     "<image>\nWhat?"  ->  <s> [image] * 576 _ \n What ?
 """
 
-import io
-import urllib.request
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
+from .image_loading_saisa import list_images
 from .image_processing_saisa import SaisaImageProcessor
 
 IMAGE_TOKEN = "<image>"
+# Where the image of a content part may stand; OpenAI's form has {"url": ...} under "image_url".
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
 class SaisaProcessor(ProcessorMixin):
@@ -52,38 +53,54 @@ class SaisaProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        *,
-        text: str | list[str],
         images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        *,
         padding: bool | str = False,
-        padding_side: str = "left",
+        padding_side: str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = None,
         add_special_tokens: bool = True,
+        input_data_format: str | None = None,
+        audios: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Returns `input_ids` and `attention_mask` [B, S], and `pixel_values` [N, 3, H, W] if there are images.
 
         Args:
+            images: an image, a list for all texts in order, or a list for each text. An image is a file, a URL, base64
+                text, a Pillow image, an array or a tensor: see `image_loading_saisa`.
             text: one text or several, with `<image>` where an image stands.
-            images: an image, a list for all texts in order, or a list for each text. An image is a PIL image, an
-                array, a path, or a URL.
+            videos: none; an empty list is none.
+            audio: none; an empty list is none.
             padding: True or "longest", or "max_length".
-            padding_side: "left", which `generate` needs, or "right".
+            padding_side: "left", which `generate` needs, or "right"; None asks the tokenizer.
+            max_length: positions to fill up to with padding="max_length".
+            return_tensors: "pt" or "np"; without, lists.
             add_special_tokens: let the tokenizer add its BOS.
+            input_data_format: "channels_first" or "channels_last" for arrays whose shape does not tell.
+            audios: another name for `audio`.
+            **kwargs: none; an option would have to be ignored.
 
         Raises:
-            ValueError: `<image>` and images do not match in number.
-            TypeError: an option that this processor would have to ignore.
+            ValueError: `<image>` and images do not match in number, or there is a video or audio.
+            TypeError: there is no text, or an option that this processor would have to ignore.
         """
+        for name, value in (("videos", videos), ("audio", audio), ("audios", audios)):
+            if not _is_empty(value):
+                raise ValueError(f"{name} was given, but this model reads text and images only")
         if ignored := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise TypeError(f"SaisaProcessor does not know the option {', '.join(ignored)}")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text or [])
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise TypeError(f"text must be a text or a list of texts, with one {IMAGE_TOKEN} for every image")
         flat = self._match_images(texts, images)
         ids = [self.tokenize(one, add_special_tokens) for one in texts]
-        data: dict[str, Any] = self._pad(ids, padding, padding_side, max_length)
+        data: dict[str, Any] = self._pad(ids, padding, padding_side or self.tokenizer.padding_side, max_length)
         if flat:
-            pixels = self.image_processor([load_image(image) for image in flat], return_tensors=return_tensors)
+            pixels = self.image_processor(flat, return_tensors=return_tensors, input_data_format=input_data_format)
             data["pixel_values"] = pixels["pixel_values"]
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -99,23 +116,25 @@ class SaisaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns messages as text, or as model inputs with `tokenize=True, return_dict=True`.
 
-        A message's content is a text, or a list of `{"type": "text", "text": ...}` and `{"type": "image", ...}`. With
-        `tokenize=True` each image part holds its image under `image`, `path` or `url`.
+        A message's content is a text, or a list of `{"type": "text", "text": ...}`, `{"type": "image", ...}` and
+        `{"type": "image_url", "image_url": {"url": ...}}`. With `tokenize=True` each image part holds its image under
+        `image`, `url`, `path` or `base64`.
+
+        Raises:
+            ValueError: a part is of another type, or has none.
         """
         return super().apply_chat_template(_with_parts(conversation), *args, **kwargs)
 
     def _match_images(self, texts: list[str], images: Any) -> list[Any]:
         """Returns the images of all texts in order, after counting them."""
-        images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        wanted = [text.count(IMAGE_TOKEN) for text in texts]
-        if images and all(isinstance(row, list | tuple) for row in images):
-            given = [len(row) for row in images]
+        wanted, flat = [text.count(IMAGE_TOKEN) for text in texts], list_images(images)
+        if isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
+            given = [len(list_images(row)) for row in images]
             if given != wanted:
                 raise ValueError(f"the texts have {wanted} {IMAGE_TOKEN} each, but the lists of images have {given}")
-            return [image for row in images for image in row]
-        if len(images) != sum(wanted):
-            raise ValueError(f"the text has {sum(wanted)} {IMAGE_TOKEN}, but there are {len(images)} images")
-        return images
+        if len(flat) != sum(wanted):
+            raise ValueError(f"the text has {sum(wanted)} {IMAGE_TOKEN}, but there are {len(flat)} images")
+        return flat
 
     def _pad(
         self, ids: list[list[int]], padding: bool | str, padding_side: str, max_length: int | None
@@ -142,23 +161,41 @@ class SaisaProcessor(ProcessorMixin):
         return {"input_ids": [fill(row, token) for row in ids], "attention_mask": [fill(row, 0) for row in masks]}
 
 
-def load_image(image: Any) -> Any:
-    """Returns an image opened from a path or a URL, anything else as it is.
-
-    transformers' own loader turns images by their EXIF orientation, which training, like LLaVA, does not.
-    """
-    if not isinstance(image, str):
-        return image
-    if image.startswith(("http://", "https://")):
-        with urllib.request.urlopen(image, timeout=60) as response:
-            return Image.open(io.BytesIO(response.read()))
-    return Image.open(image)
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(_is_empty(item) for item in value))
 
 
 def _with_parts(conversation: Any) -> Any:
-    """Returns a conversation, or several, with every content a list of parts (transformers 4.57 wants that)."""
+    """Returns a conversation, or several, with every content a list of text and image parts."""
     if isinstance(conversation, list | tuple):
         return [_with_parts(item) for item in conversation]
-    if isinstance(conversation.get("content"), str):
-        return conversation | {"content": [{"type": "text", "text": conversation["content"]}]}
-    return conversation
+    if not isinstance(conversation, Mapping) or not {"role", "content"} <= conversation.keys():
+        raise ValueError(f"a message is {_shown(conversation)}; give {{'role': ..., 'content': ...}}")
+    content = conversation["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"the content of a message is {_shown(parts)}; give a text or a list of parts")
+    return dict(conversation) | {"content": [_read_part(part) for part in parts]}
+
+
+def _read_part(part: Any) -> dict[str, Any]:
+    """Returns `{"type": "text", "text": ...}`, or `{"type": "image"}` with the image (if it is there) as `image`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"a message has the part {_shown(part)}; this model reads parts of type text and image")
+    for key in IMAGE_KEYS:
+        image = part.get(key)
+        image = image.get("url") if isinstance(image, Mapping) else image
+        if image is None:
+            continue
+        if key == "base64" and not str(image).startswith("data:"):
+            image = f"data:;base64,{image}"  # never the name of a file
+        return {"type": "image", "image": image}
+    return {"type": "image"}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -176,8 +176,9 @@ def chat_template(name: str) -> str:
     """Returns a Jinja template for `tokenizer.chat_template` that writes prompts as training has them.
 
     Its messages have the roles user and assistant (and system, first, where the template has one); their content is a
-    text that may contain `<image>`, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`, which is the
-    same as the text of its parts written one after the other, `<image>` for each image. BOS is left to the tokenizer.
+    text that may contain `<image>`, or a list of `{"type": "image"}` (or "image_url") and `{"type": "text", "text":
+    ...}`, which is the same as the text of its parts written one after the other, `<image>` for each image; a part of
+    another type raises. BOS is left to the tokenizer.
 
     Raises:
         UsageError: the template is unknown.
@@ -213,7 +214,13 @@ _JINJA = """\
     {%- set whole.text = message.content -%}
   {%- else -%}
     {%- for part in message.content -%}
-      {%- set whole.text = whole.text + ('<image>' if part.type == 'image' else part.text) -%}
+      {%- if part.type == 'text' -%}
+        {%- set whole.text = whole.text + part.text -%}
+      {%- elif part.type in ('image', 'image_url') -%}
+        {%- set whole.text = whole.text + '<image>' -%}
+      {%- else -%}
+        {{- raise_exception('a part of type ' ~ part.type ~ '; this model reads parts of type text and image') -}}
+      {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
   {%- if whole.text.count('<image>') == 1 -%}
