@@ -124,7 +124,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise ValueError(f"{folder}: no tokenizer files; download the whole repository of the language model")
-    found = AutoTokenizer.from_pretrained(folder)
+    # transformers 4.57.3 to 4.57.6 take a vocabulary of more than 100,000 tokens for Mistral's and advise to change it.
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    options = {} if "mistral" in config.get("model_type", "") else {"fix_mistral_regex": False}
+    found = AutoTokenizer.from_pretrained(folder, **options)
     if not found.is_fast:
         raise ValueError(f"{folder}: {type(found).__name__} has no fast form, which the exported folder needs")
     tokenizer = PreTrainedTokenizerFast(

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 PROJECTOR_TYPES = ("mlp", "linear")
+OLDEST_TRANSFORMERS = "4.57.0"
 
 
 class SaisaConfig(PretrainedConfig):
@@ -90,6 +91,14 @@ class SaisaConfig(PretrainedConfig):
         )
         # Set last: transformers 5 checks ids as a configuration is made, and warns of one outside the vocabulary.
         self.image_token_id = image_token_id
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, with the oldest transformers that reads them as `transformers_version`.
+
+        Beside a configuration of its own version, 4.57.3 to 4.57.6 take every tokenizer of more than 100,000 tokens
+        for Mistral's, warn of its "incorrect regex pattern", and advise what would break it.
+        """
+        return super().to_dict() | {"transformers_version": OLDEST_TRANSFORMERS}
 
     def validate(self) -> None:
         """Passes: transformers 5 checks again on saving, and `image_token_id` is outside the vocabulary on purpose."""

@@ -20,7 +20,7 @@ from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
 from model.hf_source import read_checkpoint
 from model.import_hf import compose_base
 from pipeline.data.templates import chat_template
-from tests.hf_compat.tiny import save_llm, save_vision
+from tests.hf_compat.tiny import save_byte_level, save_llm, save_vision
 
 KINDS = {"llama-clip": ("llama", "clip", "mlp"), "qwen2-siglip": ("qwen2", "siglip", "linear")}
 TEXTS = [
@@ -57,6 +57,14 @@ def make_export(work: Path, out: Path, llm: str, vision: str, projector: str) ->
     return config
 
 
+def make_large_vocabulary(work: Path, out: Path) -> None:
+    """Writes a base with more than 100,000 tokens, as one of Llama-3 or Qwen2 has."""
+    save_llm(work / "llm", "llama_3", vocab_size=100_384, num_hidden_layers=1)
+    save_byte_level(work / "llm", adds_bos=True, num_unused=100_000)
+    save_vision(work / "vision", "clip")
+    compose_base(work / "llm", work / "vision", out, chat_template=chat_template("llama_3"))
+
+
 def main(out: Path) -> None:
     """Writes exports, images, and `expected.pt`."""
     out.mkdir(parents=True)
@@ -81,6 +89,7 @@ def main(out: Path) -> None:
             "prompt_ids": processor.tokenize(prompt),
             "names": sorted(weight_shapes(model.config, is_base=False)),
         }
+    make_large_vocabulary(out / "work" / "large", out / "large-vocabulary")
     shutil.rmtree(out / "work")
     torch.save(expected, out / "expected.pt")
     for file in Path(__file__).parent.glob("check_*.py"):

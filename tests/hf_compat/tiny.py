@@ -117,8 +117,11 @@ def save_sentencepiece(folder: Path, **changes: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
 
 
-def save_byte_level(folder: Path, adds_bos: bool) -> None:
-    """Writes a tokenizer as Llama-3 (with BOS) and Qwen2 (without) ship theirs: byte-level BPE."""
+def save_byte_level(folder: Path, adds_bos: bool, num_unused: int = 0) -> None:
+    """Writes a tokenizer as Llama-3 (with BOS) and Qwen2 (without) ship theirs: byte-level BPE.
+
+    `num_unused` tokens that no text has make the vocabulary as large as theirs.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -128,6 +131,11 @@ def save_byte_level(folder: Path, adds_bos: bool) -> None:
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXT, trainer)
+    if num_unused:
+        state = json.loads(tokenizer.to_str())
+        vocab = state["model"]["vocab"]
+        vocab |= {f"unused-{number}": len(vocab) + number for number in range(num_unused)}
+        tokenizer = Tokenizer.from_str(json.dumps(state))
     if adds_bos:
         post = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
         tokenizer.post_processor = post  # pyright: ignore
