@@ -29,6 +29,7 @@ from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
 CODE = Path(__file__).parent / "hf"
 AUTO_MAP = {
     "AutoConfig": "configuration_saisa.SaisaConfig",
+    "AutoModel": "modeling_saisa.SaisaForConditionalGeneration",  # what lmms-eval asks for
     "AutoModelForCausalLM": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoProcessor": "processing_saisa.SaisaProcessor",
@@ -187,6 +188,9 @@ def _write_processor(part: Path, processor: SaisaProcessor) -> None:
         stored = json.loads((part / file).read_text())
         stored["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
         _write_json(part / file, stored)
+    # `generate` goes on from the last position, so a pipeline or the tokenizer alone must fill up on the left.
+    file = part / "tokenizer_config.json"
+    _write_json(file, json.loads(file.read_text()) | {"padding_side": "left"})
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -345,7 +345,7 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Returns the inputs of the next step: what the cache does not hold yet, with images where they are new.
 
         Raises:
-            ValueError: a prompt ends in an image.
+            ValueError: a prompt ends in an image or in padding.
         """
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
@@ -354,6 +354,8 @@ class SaisaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_image = new_ids == self.config.image_token_id if new_ids.shape[1] > 1 or num_cached == 0 else None
         if is_image is not None and bool(is_image[:, -1].any()):
             raise ValueError("a prompt ends in an image, and a visual token predicts nothing; add text after the image")
+        if is_image is not None and attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("a prompt ends in padding, and generation goes on from its end; use padding_side='left'")
         return {
             "input_ids": new_ids,
             "attention_mask": attention_mask,
