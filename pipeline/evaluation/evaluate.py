@@ -23,6 +23,8 @@ from common.console import UsageError, build_console, build_progress, plain, run
 from model.hf_folder import check_export
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
 
+MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some that say yes in a sentence
+
 
 def evaluate(
     model_dir: Path,
@@ -32,7 +34,7 @@ def evaluate(
     *,
     rows: slice = slice(None),
     batch_size: int = 64,
-    max_new_tokens: int = 8,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> EvaluationResult:
     """Returns the model's greedy answers to the questions of a LLaVA JSON file.
 
@@ -46,7 +48,7 @@ def evaluate(
         max_new_tokens: Longest answer.
 
     Raises:
-        ValueError: a file is missing or does not hold what it should.
+        ValueError: a file is missing or does not hold what it should, or every question is too long for the model.
     """
     questions = read_questions(data, rows)
     check_export(model_dir)
@@ -59,7 +61,13 @@ def evaluate(
     processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=True, dtype="auto").eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    return EvaluationResult(answer_all(model, processor, questions, images, blind, batch_size, max_new_tokens))
+    limit = model.config.max_position_embeddings
+    fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
+    too_long = tuple(question for question, fit in zip(questions, fits, strict=True) if not fit)
+    if not any(fits):
+        raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
+    asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
+    return EvaluationResult(answer_all(model, processor, asked, images, blind, batch_size, max_new_tokens), too_long)
 
 
 @torch.inference_mode()
@@ -72,16 +80,17 @@ def answer_all(
     batch_size: int,
     max_new_tokens: int,
 ) -> tuple[Answer, ...]:
-    """Returns an answer to each question, in their order; batches hold questions of like length, to pad little."""
-    texts: dict[int, str] = {}
+    """Returns an answer to each question, in their order; batches hold questions of like length, to pad little.
+
+    An answer ends with the model's positions at the latest.
+    """
+    answers: dict[int, Answer] = {}
+    ends, limit = _end_ids(model), model.config.max_position_embeddings
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].text)))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in _shown(batches):
         asked = [questions[index] for index in batch]
-        prompts = [
-            processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
-            for question in asked
-        ]
+        prompts = [_prompt(question, processor) for question in asked]
         pictures = [[_open(images / name, question) for name in question.images] for question in asked]
         if blind:
             pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
@@ -93,9 +102,22 @@ def answer_all(
             return_tensors="pt",
         ).to(model.device)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        said = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        texts.update(zip(batch, said, strict=True))
-    return tuple(Answer(question, texts[index].strip()) for index, question in enumerate(questions))
+        rooms = (limit - inputs["attention_mask"].sum(1)).tolist()
+        for index, row, room in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), rooms, strict=True):
+            said = row[:room]
+            text = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+            answers[index] = Answer(questions[index], text, is_cut=not ends & set(said))
+    return tuple(answers[index] for index in range(len(questions)))
+
+
+def _prompt(question: Question, processor: Any) -> str:
+    return processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
+
+
+def _end_ids(model: Any) -> set[int]:
+    """Returns the ids at which the model's answers end."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
 
 
 def _shown(batches: Sequence[list[int]]) -> Iterator[list[int]]:
@@ -111,10 +133,12 @@ def write_result(result: EvaluationResult, out: Path, **more: Any) -> None:
     scores = {
         "accuracy": result.accuracy,
         "num_questions": result.num_questions,
+        "num_cut": result.num_cut,
+        "num_too_long": len(result.too_long),
         "per_family": result.per_family,
         **more,
     }
-    answers = [asdict(a.question) | {"answer": a.text, "correct": a.correct} for a in result.answers]
+    answers = [asdict(a.question) | {"answer": a.text, "correct": a.correct, "cut": a.is_cut} for a in result.answers]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(scores | {"answers": answers}, indent=1) + "\n")
 
@@ -160,7 +184,7 @@ def main(
     baseline_data: Annotated[Path | None, Option(help="training rows: also score guessing from them, unseen")] = None,
     baseline_rows: Annotated[str | None, Option(help="a:b, only these rows of --baseline-data")] = None,
     batch_size: Annotated[int, Option(min=1, help="questions answered at once")] = 64,
-    max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = 8,
+    max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = MAX_NEW_TOKENS,
     out: Annotated[Path | None, Option(help="JSON file for scores and answers")] = None,
 ) -> None:
     """Scores an exported checkpoint on questions with short answers."""
@@ -174,6 +198,11 @@ def main(
     for family, accuracy in result.per_family.items():
         print(f"{plain(family):12} {accuracy:.1%}")
     print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")
+    if result.num_cut:
+        print(f"{result.num_cut:,} answers were cut, so they may be wrong for that alone; raise --max-new-tokens")
+    if result.too_long:
+        first = plain(repr(result.too_long[0].row_id))
+        print(f"{len(result.too_long):,} questions fill the model's positions and were not asked; first record {first}")
     more: dict[str, Any] = {"blind": blind}
     if guessed_from:
         more["baseline_accuracy"] = question_only_accuracy(guessed_from, [a.question for a in result.answers])

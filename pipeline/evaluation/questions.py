@@ -39,10 +39,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a question."""
+    """What the model said to a question; `is_cut`: its longest answer was over before the answer was."""
 
     question: Question
     text: str
+    is_cut: bool = False
 
     @property
     def correct(self) -> bool:
@@ -52,14 +53,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The answers in the order of the data, and what fraction of them is right."""
+    """The answers in the order of the data, and what fraction of them is right.
+
+    `too_long` questions leave no position of the model for an answer. They were not asked and are not in the accuracy.
+    """
 
     answers: tuple[Answer, ...]
+    too_long: tuple[Question, ...] = ()
 
     @property
     def num_questions(self) -> int:
         """Questions asked."""
         return len(self.answers)
+
+    @property
+    def num_cut(self) -> int:
+        """Answers that were cut; they are scored as far as they go."""
+        return sum(answer.is_cut for answer in self.answers)
 
     @property
     def accuracy(self) -> float:

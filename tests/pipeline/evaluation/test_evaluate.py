@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from common.console import UsageError, command
+from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from pipeline.evaluation import evaluate as module
 from pipeline.evaluation.evaluate import evaluate, parse_rows
@@ -103,6 +104,64 @@ def test_blind_sees_the_same_in_every_picture(world: Path) -> None:
     assert blind.answers[1].text == blind.answers[3].text
     assert seeing.answers[1].text != seeing.answers[3].text
     assert blind.answers[2] == seeing.answers[2], "a question without a picture loses nothing"
+
+
+def test_a_cut_answer_is_counted_and_an_answer_that_ends_is_not(world: Path, monkeypatch) -> None:
+    """A model that says three tokens and its end: two allowed cut all answers, four none."""
+    monkeypatch.setattr(module, "AutoModelForImageTextToText", Speaks)
+    cut = evaluate(world / "model", world / "test.json", world, max_new_tokens=3)
+    whole = evaluate(world / "model", world / "test.json", world, max_new_tokens=4)
+    assert (cut.num_cut, whole.num_cut) == (4, 0)
+    assert {answer.text for answer in cut.answers} == {answer.text for answer in whole.answers}
+
+
+class Speaks:
+    """A model whose answers are three tokens and the end of text."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **_: Any) -> Any:
+        model = SaisaForConditionalGeneration.from_pretrained(folder)
+        (end,) = module._end_ids(model)
+
+        def generate(input_ids, max_new_tokens, **_: Any) -> torch.Tensor:
+            said = torch.tensor([[5, 6, 7, end, 5, 5]]).expand(len(input_ids), -1)
+            return torch.cat([input_ids, said[:, :max_new_tokens]], 1)
+
+        monkey: Any = model
+        monkey.generate = generate
+        return model
+
+
+def test_a_question_that_fills_the_models_positions_is_not_asked_but_counted(world: Path, tmp_path: Path) -> None:
+    long = "word " * 2000
+    rows = [row(None, "Say something.", "no"), row("0.png", f"<image>\n{long}?", "yes")]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    result = evaluate(world / "model", tmp_path / "test.json", world, max_new_tokens=2)
+    assert [answer.question.text for answer in result.answers] == ["Say something."]
+    assert [question.row_id for question in result.too_long] == ["row-0.png"]
+    shown = run("--model", world / "model", "--data", tmp_path / "test.json", "--images", world, "--max-new-tokens", 1)
+    assert "of 1 questions" in shown.output and "1 answers were cut" in shown.output
+    assert "1 questions fill the model's positions and were not asked; first record 'row-0.png'" in shown.output
+    (tmp_path / "test.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(ValueError, match="test.json: every question fills the .* positions of the model"):
+        evaluate(world / "model", tmp_path / "test.json", world)
+
+
+def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whatever the batch: of two questions, the longer has room for fewer tokens than the three and the end."""
+    processor = SaisaProcessor.from_pretrained(world / "model")
+    limit = SaisaForConditionalGeneration.from_pretrained(world / "model").config.max_position_embeddings
+
+    def room(num_words: int) -> int:
+        return limit - len(processor.tokenize(module._prompt(ask("a " * num_words + "a", ""), processor)))
+
+    long = next(num_words for num_words in range(limit) if room(num_words) <= 3)
+    rows = [row(None, "a " * long + "a", "x"), row(None, "Say something.", "no")]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(module, "AutoModelForImageTextToText", Speaks)
+    answers = evaluate(world / "model", tmp_path / "test.json", world).answers
+    assert 0 < room(long) <= 3 and [answer.is_cut for answer in answers] == [True, False]
+    assert answers[0].text == processor.tokenizer.decode([5, 6, 7][: room(long)], skip_special_tokens=True).strip()
 
 
 def test_a_blank_picture_is_all_zeros_to_the_encoder(world: Path) -> None:
