@@ -6,7 +6,6 @@ A batch is a function of its step alone, so worker processes prepare steps in an
 number of them.
 """
 
-import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -187,8 +186,7 @@ class BatchSource(Dataset[GlobalBatch]):
     def _read(self, number: int) -> tuple[Sample, list[StoredImage]]:
         """Returns a sample and the images it keeps."""
         shards, local = self.samples.locate(number)
-        members, data = shards.members(local), self.config.data
-        record = json.loads(members["json"])
+        (record, members), data = shards.sample(local), self.config.data
         v = self.config.model.vision.num_tokens
         sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions)
         if len(sample.text_token_ids) != self.schedule.table.column("num_text")[number]:

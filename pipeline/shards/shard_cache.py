@@ -9,6 +9,9 @@ A shard set has a folder of its own, named by its fingerprint, so jobs with the 
 collide. Locks are the kernel's and end with their process; what a killed one leaves is removed by the next to pass. A
 tar that makes way while another process reads it stays readable to that process, and on the disk, until it is closed
 there; files with names never exceed the limit.
+
+A listing comes from outside, and whoever shares a cache may leave links in it, so every path is checked before it is
+read, written, locked or removed: it is the one above, and no link leads away from it (`within`).
 """
 
 import os
@@ -33,11 +36,35 @@ class Busy(OSError):
     """Somebody else has a file in hand."""
 
 
+def within(root: Path, *names: str) -> Path:
+    """Returns `root / name / ...` if that is where it says: in the folder `root`, which alone may be a link.
+
+    Raises:
+        ValueError: A name is no plain file name, or a link leads elsewhere.
+    """
+    path = root.joinpath(*names)
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{name!r} is no plain file name; nothing outside the cache {root} is touched")
+    if (found := os.path.realpath(path)) != os.path.join(os.path.realpath(root), *names):
+        raise ValueError(f"{path} is a link that leads to {found}, not a file of the cache {root}; remove the link")
+    return path
+
+
 class ShardCache:
     """The files of one shard set. Counted are the tars; their sidecars take a thousandth of that and stay."""
 
     def __init__(self, root: Path, name: str, limit_bytes: int | None) -> None:
-        self.root, self.folder, self.limit_bytes = root, root / name, limit_bytes
+        """Raises `ValueError` where the folder of the set is not in the cache."""
+        self.root, self.folder, self.limit_bytes = root, within(root, name), limit_bytes
+
+    def path(self, name: str) -> Path:
+        """Returns where a file of the set is, or would be.
+
+        Raises:
+            ValueError: That is not in the folder of the set.
+        """
+        return within(self.root, self.folder.name, name)
 
     def locked(self, name: str, wait: bool = True) -> AbstractContextManager[None]:
         """Keeps all others, threads and processes, from fetching, verifying or removing a file.
@@ -46,7 +73,7 @@ class ShardCache:
             Busy: Another has it in hand, and `wait` is False.
             ValueError: Another has had it in hand for `WAIT_SECONDS`.
         """
-        return _locked(_lock_of(self.folder / name), wait)
+        return _locked(self.root, _lock_of(self.path(name)), wait)
 
     @contextmanager
     def arriving(self, name: str, num_bytes: int, keep: Collection[Path], wait: bool) -> Iterator[Path]:
@@ -62,16 +89,17 @@ class ShardCache:
             NoRoom: Nothing can make way, and `wait` is False.
             ValueError: There has been no room for `WAIT_SECONDS`.
         """
+        target = self.path(name)
         for left in self.folder.glob(f"{name}.*.part"):
-            shutil.rmtree(left)
-        part = self.folder / f"{name}.{num_bytes}.part"
+            _remove(left)
+        part = self.path(f"{name}.{num_bytes}.part")
         if self.limit_bytes is None or not name.endswith(".tar"):
             part.mkdir()
         else:
             self._reserve(part, num_bytes, keep, wait, self.limit_bytes)
         try:
             yield part / name
-            os.replace(part / name, self.folder / name)
+            os.replace(part / name, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -79,7 +107,7 @@ class ShardCache:
         """Creates the folder `part`, which counts as `num_bytes`, once that many fit under the limit."""
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
-            with _locked(self.root / ".lock"):
+            with _locked(self.root, self.root / ".lock"):
                 if make_room(self.root, limit - num_bytes, keep):
                     part.mkdir()
                     return
@@ -103,13 +131,20 @@ def make_room(root: Path, max_bytes: int, keep: Collection[Path]) -> bool:
         if excess > 0 and path not in keep:
             victims.append(path)
             excess -= num_bytes
-    return excess <= 0 and all([_try_remove(path) for path in victims])
+    return excess <= 0 and all([_try_remove(root, path) for path in victims])
+
+
+def _files(root: Path, pattern: str) -> Iterator[Path]:
+    """Yields what is in the folders of all sets, folders that are links left out: what they hold is not the cache's."""
+    for folder in root.glob(SETS):
+        if not folder.is_symlink():
+            yield from folder.glob(pattern)
 
 
 def _sizes_by_age(root: Path) -> Iterator[tuple[int, int, Path]]:
-    for path in root.glob(f"{SETS}/shard-*.tar"):
+    for path in _files(root, "shard-*.tar"):
         try:
-            status = path.stat()
+            status = path.lstat()
         except FileNotFoundError:
             continue  # removed by who found it damaged
         yield status.st_mtime_ns, status.st_size, path
@@ -118,24 +153,29 @@ def _sizes_by_age(root: Path) -> Iterator[tuple[int, int, Path]]:
 def _bytes_on_their_way(root: Path) -> int:
     """Returns the bytes that downloads in progress will take, after removing what killed processes left of theirs."""
     total = 0
-    for part in root.glob(f"{SETS}/shard-*.tar.*.part"):
+    for part in _files(root, "shard-*.tar.*.part"):
         name, num_bytes, _ = part.name.rsplit(".", 2)
-        if not _try_remove(part, part.with_name(name)):
+        if not _try_remove(root, part, part.with_name(name)):
             total += int(num_bytes)
     return total
 
 
-def _try_remove(path: Path, locked_as: Path | None = None) -> bool:
+def _try_remove(root: Path, path: Path, locked_as: Path | None = None) -> bool:
     """Removes a file or folder of the cache unless somebody holds its lock; returns whether it is gone."""
     try:
-        with _locked(_lock_of(locked_as or path), wait=False):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        with _locked(root, _lock_of(locked_as or path), wait=False):
+            _remove(path)
     except Busy:
         return False
     return True
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a folder, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lock_of(path: Path) -> Path:
@@ -143,8 +183,9 @@ def _lock_of(path: Path) -> Path:
 
 
 @contextmanager
-def _locked(lock: Path, wait: bool = True) -> Iterator[None]:
+def _locked(root: Path, lock: Path, wait: bool = True) -> Iterator[None]:
     """Holds a lock; every call has its own, so that threads exclude one another too. Creates the folders it is in."""
+    within(root, *lock.relative_to(root).parts)
     try:
         held = FileLock(lock, timeout=WAIT_SECONDS if wait else 0, poll_interval=POLL_SECONDS).acquire()
     except Timeout:

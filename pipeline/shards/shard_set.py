@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_ranges
+from data_prep.tar_writer import BLOCK_BYTES
 from pipeline.shards.prefetch import Prefetcher
 from pipeline.shards.tar_reader import (
     RECORD_GUESS_BYTES,
@@ -25,7 +26,6 @@ from pipeline.shards.tar_reader import (
     TarReader,
     parse_record,
     record_end,
-    split_members,
 )
 from pipeline.shards.tar_stream import TarStream
 
@@ -87,7 +87,15 @@ class ShardSet:
             DamagedShard: The sample is damaged, in the cache even after its shard has been fetched again.
             OSError: Its shard cannot be fetched or stored.
         """
-        return split_members(self._read(TarReader.read_sample, *self._locate(number)))
+        return self.sample(number)[1]
+
+    def sample(self, number: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Returns the record of a sample, and every member by name, those of the record's images among them.
+
+        Raises:
+            DamagedShard, OSError: As `members`.
+        """
+        return self._read(TarReader.read_members, *self._locate(number))
 
     def records(self, shard: int) -> Iterator[dict[str, Any]]:
         """Yields the records of a shard, images unread: a remote shard that is not in the cache is not downloaded."""
@@ -173,7 +181,8 @@ def _remote_records(url: str, reader: TarReader) -> Iterator[dict[str, Any]]:
             longer = [i for i, (head, end) in enumerate(zip(heads, ends, strict=True)) if len(head) < end]
             more = read_ranges(url, [(starts[i], starts[i] + min(ends[i], sizes[i])) for i in longer])
             whole = dict(zip(longer, more, strict=True))
-            records = [parse_record(whole.get(i, head)) for i, head in enumerate(heads)]
+            whole_heads = [whole.get(i, head) for i, head in enumerate(heads)]
+            records = [parse_record(head[BLOCK_BYTES:end]) for head, end in zip(whole_heads, ends, strict=True)]
         except ValueError:
             raise DamagedShard(f"{url}: a record in samples {first} to {first + len(heads) - 1} is damaged") from None
         yield from records

@@ -5,7 +5,6 @@ it and nothing is searched for.
 """
 
 import hashlib
-import json
 import os
 from array import array
 from pathlib import Path
@@ -14,6 +13,7 @@ from zlib import crc32
 
 from streaming.base.format.base.reader import FileInfo, SplitReader
 
+from common.json_files import parse_json
 from data_prep.tar_writer import BLOCK_BYTES
 
 RECORD_GUESS_BYTES = 8192  # header and record of nearly every sample; longer ones cost a second read
@@ -85,14 +85,26 @@ class TarReader(SplitReader):
         text = self.sidecar_path.read_bytes()
         if hashlib.sha256(text).hexdigest() != self.raw_meta.hashes["sha256"]:
             raise DamagedShard(f"{self.sidecar_path} is not the sidecar in index.json; {self._way_out()}")
-        return json.loads(text)
+        return self._parse_sidecar(text)
+
+    def _parse_sidecar(self, text: bytes) -> dict[str, Any]:
+        """Returns a sidecar that says where `samples` samples lie within the tar: its hash may be a stranger's too."""
+        try:
+            sidecar = parse_json(text)
+            keys, slots = sidecar["keys"], _slots_of(sidecar)
+            ends = map(sum, zip(slots.offsets, slots.sizes, strict=True))
+            is_map = {len(keys), *map(len, slots)} == {self.samples} and all(isinstance(key, str) for key in keys)
+            is_map = is_map and min(slots.offsets) >= 0 and min(slots.sizes) >= BLOCK_BYTES
+            if not (is_map and max(ends) <= self.raw_data.bytes):
+                raise ValueError("other samples than in index.json, or places outside the tar")
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise DamagedShard(f"{self.sidecar_path} is no sidecar of a shard ({error}); {self._way_out()}") from None
+        return sidecar
 
     def load(self) -> Slots:
         """Returns where the samples lie, and keeps it."""
         if self.slots is None:
-            sidecar = self.sidecar()
-            columns = ("offsets", "q"), ("sizes", "q"), ("checksums", "I")
-            self.slots = Slots(*(array(kind, sidecar[name]) for name, kind in columns))
+            self.slots = _slots_of(self.sidecar())
         return self.slots
 
     def read_sample(self, file: OpenFile, idx: int) -> bytes:
@@ -114,9 +126,22 @@ class TarReader(SplitReader):
         try:
             if (end := record_end(head)) > len(head):
                 head = os.pread(file.descriptor, min(end, size), offset)  # a damaged size may be anything
-            return parse_record(head)
+            return parse_record(head[BLOCK_BYTES:end])
         except ValueError:
             raise self._damaged(idx, "damaged (record)") from None
+
+    def read_members(self, file: OpenFile, idx: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Returns the record of sample `idx`, and all its members by name, those of its images among them."""
+        blocks = self.read_sample(file, idx)
+        try:
+            members = split_members(blocks)
+            record = parse_record(members["json"])
+            missing = {image["member"] for image in record["images"]} - members.keys()
+        except (KeyError, ValueError) as error:
+            raise self._damaged(idx, f"no sample of `make shards` ({error})") from None
+        if missing:
+            raise self._damaged(idx, f"without image {min(missing)!r} of its record")
+        return record, members
 
     def get_sample_data(self, idx: int) -> bytes:
         """Returns the tar blocks of a sample; what streaming's own data set calls, which looks for no damage itself."""
@@ -139,26 +164,57 @@ class TarReader(SplitReader):
         return 0 if self.in_place else super()._evict_raw()  # streaming tidies up where it lacks a sidecar
 
 
+def _slots_of(sidecar: dict[str, Any]) -> Slots:
+    columns = ("offsets", "q"), ("sizes", "q"), ("checksums", "I")
+    return Slots(*(array(kind, sidecar[name]) for name, kind in columns))
+
+
 def split_members(blocks: bytes) -> dict[str, bytes]:
     """Returns the content of each tar member by its name behind the key.
 
     Source: POSIX.1-1988 ustar: the name in bytes 0 to 100 of a header, the size as 11 octal digits from byte 124 on.
+
+    Raises:
+        ValueError: A header is not one, though the CRC-32 of the sample may be right.
     """
     members, start = {}, 0
     while start < len(blocks):
         name = blocks[start : start + 100].rstrip(b"\0").partition(b".")[2].decode()
-        content = start + BLOCK_BYTES
-        end = content + int(blocks[start + 124 : start + 135], 8)
-        members[name] = blocks[content:end]
+        end = start + record_end(blocks[start : start + BLOCK_BYTES])
+        if end > len(blocks):
+            raise ValueError(f"member {name!r} ends behind its sample")
+        members[name] = blocks[start + BLOCK_BYTES : end]
         start = end + -end % BLOCK_BYTES
     return members
 
 
 def record_end(head: bytes) -> int:
-    """Returns where the record of a sample ends, counted from the start of its header."""
-    return BLOCK_BYTES + int(head[124:135], 8)
+    """Returns where the record of a sample ends, counted from the start of its header.
+
+    Raises:
+        ValueError: The header tells no size.
+    """
+    digits = head[124:135]
+    if not digits.isdigit():  # `int` would take a sign
+        raise ValueError(f"{digits!r} is no size of a tar member")
+    return BLOCK_BYTES + int(digits, 8)
 
 
-def parse_record(head: bytes) -> dict[str, Any]:
-    """Returns the record of a sample from its first blocks, which hold all of it."""
-    return json.loads(head[BLOCK_BYTES : record_end(head)])
+def parse_record(data: bytes) -> dict[str, Any]:
+    """Returns the record of a sample from its JSON.
+
+    Raises:
+        ValueError: It is not a record as `data_prep.records` builds them.
+    """
+    record = parse_json(data)
+    try:
+        turns, images = record["conversations"], record["images"]
+        texts = [text for turn in turns for text in (turn["from"], turn["value"])]
+        texts += [text for image in images for text in (image["member"], image["path"])]
+        if not all(isinstance(text, str) for text in [record["id"], *texts]):
+            raise ValueError("a text is of another type")
+        if not isinstance(record["source_index"], int):
+            raise ValueError("source_index is no number")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"not a record of `make shards` ({error})") from None
+    return record

@@ -10,7 +10,6 @@ before it is verified, and that one which is damaged there later is fetched agai
 
 import errno
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Collection
@@ -25,7 +24,9 @@ from streaming.base.util import retry
 from streaming.base.world import World
 
 from common.files import open_location, read_whole
+from common.json_files import parse_json
 from data_prep.output import FORMAT
+from data_prep.shard_names import check_sha256, check_shard_names
 from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.tar_reader import DamagedShard, OpenFile, TarReader, open_whole
 
@@ -99,7 +100,7 @@ class TarStream(Stream):
             DamagedShard: It is not the file that the index lists, not even after it has been fetched again.
             OSError: It cannot be fetched or stored.
         """
-        path = Path(self.local, info.basename)
+        path = self.cache.path(info.basename) if self.cache else Path(self.local, info.basename)
         if not self.cache or not verify:
             try:
                 return _marked(open_whole(path, info, verify), self.cache)
@@ -120,7 +121,7 @@ class TarStream(Stream):
         self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
     ) -> int:
         """Brings a file into the cache for streaming's own data set; returns by how many bytes that has grown."""
-        path = Path(self.local, raw_info.basename)
+        path = Path(self.local, raw_info.basename)  # from an index whose names are checked
         num_bytes = path.stat().st_size if path.is_file() else 0
         self.open_file(raw_info)
         return raw_info.bytes - num_bytes
@@ -183,7 +184,10 @@ def read_listings(location: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     folder = open_location(location)
     try:
-        manifest, index = (json.loads(read_whole(folder / name)) for name in ("manifest.json", "index.json"))
+        manifest, index = (parse_json(read_whole(folder / name)) for name in ("manifest.json", "index.json"))
+        check_sha256("fingerprint", manifest["fingerprint"])
+        check_shard_names((shard["tar"], shard["sidecar"]) for shard in manifest["shards"])
+        check_shard_names((s["raw_data"]["basename"], s["raw_meta"]["basename"]) for s in index["shards"])
         agree = _shards_of(manifest) == _shards_in(index)
         hashes = "\n".join(shard["sha256"] for shard in manifest["shards"])
         agree = agree and hashlib.sha256(hashes.encode()).hexdigest() == manifest["fingerprint"]

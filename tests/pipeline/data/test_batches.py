@@ -104,12 +104,12 @@ def test_another_tokenizer_behind_a_cached_table_is_noticed(stage2):
 
 
 def test_an_image_that_does_not_decode_names_the_record(stage2, monkeypatch):
-    def members(self, number):
-        found = real(self, number)
-        return {name: data if name == "json" else data[:60] for name, data in found.items()}
+    def sample(self, number):
+        record, found = real(self, number)
+        return record, {name: data if name == "json" else data[:60] for name, data in found.items()}
 
-    real = ShardSet.members
-    monkeypatch.setattr(ShardSet, "members", members)
+    real = ShardSet.sample
+    monkeypatch.setattr(ShardSet, "sample", sample)
     with pytest.raises(ValueError, match=r"record \S+ \(index \d+\), image \S+ does not decode"):
         source(stage2)[0]
 
