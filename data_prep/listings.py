@@ -24,6 +24,7 @@ from data_prep.shard_names import check_shard_names
 
 FORMAT = "saisa-tar"
 AGAIN = "run the same `make shards` again: it keeps every shard that verifies"
+DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
 OWN_DIGEST = "manifest_sha256"
 END_BYTES = len(b'"\n}\n')  # what follows the digest of the manifest itself
 
@@ -77,6 +78,13 @@ class SourcesEntry(Entry):
     images: ImagesEntry = ImagesEntry(names=[])
 
 
+class CodeEntry(Entry):
+    """What wrote the shards."""
+
+    saisa: str
+    pillow: str
+
+
 class SettingsEntry(Entry):
     """The settings that shards were made with."""
 
@@ -98,6 +106,8 @@ class Manifest(Entry):
     rejects: FileDigest
     settings: SettingsEntry
     sources: SourcesEntry
+    code: CodeEntry
+    num_other_extensions: Count = 0
     plan: FileDigest | None = None
     index: FileDigest | None = None
     manifest_sha256: Digest | None = None
@@ -165,27 +175,44 @@ def read_listings(folder: Location) -> Listings:
     return listings
 
 
+def read_manifest(folder: Location) -> Manifest:
+    """Returns manifest.json alone, every byte as it was written.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    manifest, damage = _inspect_manifest(folder)
+    if damage:
+        raise ValueError(f"{folder / 'manifest.json'} is damaged ({damage}); delete it and {AGAIN}")
+    return manifest
+
+
 def inspect_listings(folder: Location) -> tuple[Listings, dict[str, str]]:
     """Returns the listings of a shard directory, and those that are not as they were written, with what shows it.
 
     Raises:
         ValueError: There are none, or they are too damaged to say which shards there are.
     """
-    data = {name: read_listing(folder, name) for name in ("manifest.json", "index.json")}
-    manifest = _parse(Manifest, folder / "manifest.json", data["manifest.json"])
-    index = _parse(Index, folder / "index.json", data["index.json"])
-    damage = {}
-    if manifest.version > 1:
-        if own_digest(data["manifest.json"]) != manifest.manifest_sha256:
-            damage["manifest.json"] = "its bytes differ from its own SHA-256"
-        if file_digest(data["index.json"]) != manifest.index:
-            damage["index.json"] = "its bytes differ from the size and SHA-256 in manifest.json"
-    if fingerprint(shard.sha256 for shard in manifest.shards) != manifest.fingerprint:
-        damage.setdefault("manifest.json", "its fingerprint is not that of its shards")
+    manifest, wrong = _inspect_manifest(folder)
+    damage = {"manifest.json": wrong} if wrong else {}
+    data = read_listing(folder, "index.json")
+    index = _parse(Index, folder / "index.json", data)
+    if manifest.index not in (None, file_digest(data)):
+        damage["index.json"] = DIFFERS
     if not _agree(manifest, index):
         wrong = " and ".join(damage) or "manifest.json or index.json"
         raise ValueError(f"{folder}: {wrong} is damaged (they list different shards); delete both and {AGAIN}")
     return Listings(manifest, index), damage
+
+
+def _inspect_manifest(folder: Location) -> tuple[Manifest, str]:
+    """Returns the manifest and, if it is not as it was written, what shows it."""
+    data = read_listing(folder, "manifest.json")
+    manifest = _parse(Manifest, folder / "manifest.json", data)
+    if manifest.version > 1 and own_digest(data) != manifest.manifest_sha256:
+        return manifest, "its bytes differ from its own SHA-256"
+    same = manifest.fingerprint == fingerprint(shard.sha256 for shard in manifest.shards)
+    return manifest, "" if same else "its fingerprint is not that of its shards"
 
 
 def read_listing(folder: Location, name: str) -> bytes:

@@ -6,99 +6,124 @@ index.json      the shards as mosaicml-streaming lists them
 manifest.json   written last: its presence says that everything else is there
 """
 
-import hashlib
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from importlib import metadata
-from pathlib import Path
-
-import PIL
+from typing import Any
 
 from common.files import Location, file_sizes, read_whole, remove, remove_parts, write_whole
-from data_prep.plan import Scan, Settings, differences
+from data_prep.listings import FORMAT, FileDigest, file_digest, fingerprint, pretty, read_listings, read_manifest, seal
+from data_prep.plan import Scan, differences
 from data_prep.records import Reject, json_bytes
 from data_prep.shard_task import ShardSummary
 
-FORMAT = "saisa-tar"
 STATUS_FILES = ("plan.json", "rejects.jsonl", "index.json", "manifest.json", ".lock")
 
 
-def prepare(folder: Location, identity: dict, modified_sha256: str) -> bool:
+def prepare(folder: Location, plan: dict) -> bool:
     """Returns whether shards that are already in the folder must be written again to be trusted.
 
     That is so when image files have a new date but their old sizes. Enters the plan, and takes down the files that say
     the folder is complete.
 
+    Args:
+        folder: The shard directory.
+        plan: What it is made from: an `identity`, and `modified_sha256`, which vouches for images of unchanged size.
+
     Raises:
         ValueError: The folder belongs to other input or settings, or holds something else.
     """
-    before, present = _read_plan(folder), file_sizes(folder)
+    before, present = _read_plan(folder, plan), file_sizes(folder)
     if before is None and (others := sorted(present.keys() - {*STATUS_FILES})):
         raise ValueError(f"{folder} is not empty (it holds {others[0]}) and has no plan.json; use another --out")
     begun = any(name.endswith(".tar") for name in present) and before
-    if begun and (changes := differences(begun["identity"], identity)):
+    if begun and (changes := differences(begun["identity"], plan["identity"])):
         raise ValueError(f"{folder} holds other shards: {'; '.join(changes)}; use another --out or delete this one")
-    recheck = bool(begun) and begun["modified_sha256"] != modified_sha256
+    recheck = bool(begun) and begun["modified_sha256"] != plan["modified_sha256"]
     if not recheck:  # a recheck changes nothing, or refuses and leaves what was there
+        write_plan(folder, plan)
         for name in ("manifest.json", "index.json"):
             remove(folder / name)
     remove_parts(folder)
-    if not begun:
-        write_plan(folder, identity, modified_sha256)
     return recheck
 
 
-def _read_plan(folder: Location) -> dict | None:
-    try:
-        return json.loads(read_whole(folder / "plan.json"))
-    except FileNotFoundError:
+def _read_plan(folder: Location, plan: dict) -> dict | None:
+    """Returns the plan in a folder; one that was lost or damaged is `plan` itself if the manifest says so."""
+    data = _bytes_of(folder / "plan.json")
+    if data == pretty(plan) or _was_finished_by(folder, plan):
+        return plan
+    if data is None:
         return None
-    except ValueError as error:
+    try:
+        before = json.loads(data)
+        return {"identity": {**before["identity"]}, "modified_sha256": before["modified_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'plan.json'} is damaged ({error}); use another --out or delete this one") from None
 
 
-def write_plan(folder: Location, identity: dict, modified_sha256: str) -> None:
-    """Enters what the folder is made from; `modified_sha256` vouches for images of unchanged size."""
-    write_whole(folder / "plan.json", _pretty({"identity": identity, "modified_sha256": modified_sha256}))
-
-
-def finished(folder: Location, identity: dict, modified_sha256: str) -> dict | None:
-    """Returns the manifest of a folder that is complete and was made from the same, None where work remains."""
+def _was_finished_by(folder: Location, plan: dict) -> bool:
     try:
-        plan, index, manifest = (
-            json.loads(read_whole(folder / f"{name}.json")) for name in ("plan", "index", "manifest")
-        )
-        shards = [shard[part] for shard in index["shards"] for part in ("raw_data", "raw_meta")]
-        present = file_sizes(folder)
-        whole = all(present.get(shard["basename"]) == shard["bytes"] for shard in shards)
-        others = {shard[part] for shard in manifest["shards"] for part in ("tar", "sidecar")}  # index.json lacks some
-        whole = whole and present.keys() >= others and present.get("rejects.jsonl") == manifest["rejects"]["bytes"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return read_manifest(folder).plan == file_digest(pretty(plan))
+    except ValueError:
+        return False
+
+
+def _bytes_of(file: Location) -> bytes | None:
+    try:
+        return read_whole(file)
+    except FileNotFoundError:
         return None
-    same = plan == {"identity": identity, "modified_sha256": modified_sha256}
-    return manifest if same and whole else None
 
 
-def finalize(
-    folder: Location, summaries: Sequence[ShardSummary], scan: Scan, settings: Settings, sources: dict
-) -> dict:
-    """Writes rejects, index and manifest, in this order; returns the manifest."""
+def write_plan(folder: Location, plan: dict) -> None:
+    """Enters what the folder is made from, unless it is there."""
+    if _bytes_of(folder / "plan.json") != pretty(plan):
+        write_whole(folder / "plan.json", pretty(plan))
+
+
+def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
+    """Returns the manifest of a folder that is complete and was made from the same, None where work remains.
+
+    Work remains too where a listing is damaged, or of a version that has no checksums of listings.
+    """
+    if _bytes_of(folder / "plan.json") != pretty(plan):
+        return None
+    try:
+        manifest, index = read_listings(folder)
+    except ValueError:
+        return None
+    present = file_sizes(folder)
+    files = [file for shard in index.shards for file in (shard.raw_data, shard.raw_meta)]
+    whole = all(present.get(file.basename) == file.bytes for file in files)
+    others = {name for shard in manifest.shards for name in (shard.tar, shard.sidecar)}  # index.json lacks some
+    whole = whole and present.keys() >= others and present.get("rejects.jsonl") == manifest.rejects.bytes
+    return manifest.model_dump(exclude_unset=True) if whole and manifest.plan == file_digest(pretty(plan)) else None
+
+
+def finalize(folder: Location, plan: dict, summaries: Sequence[ShardSummary], scan: Scan, origin: dict) -> dict:
+    """Writes rejects, index and manifest, in this order; returns the manifest.
+
+    Args:
+        folder: The shard directory, which holds the plan and all shards.
+        plan: What stands in plan.json.
+        summaries: Of all shards.
+        scan: What the shards were made from.
+        origin: What else the manifest tells: `settings`, `sources`, and the `code` that wrote the shards.
+    """
     summaries = sorted(summaries)
     rejects = sorted([*scan.rejects, *(reject for summary in summaries for reject in summary.rejects)])
-    manifest = build_manifest(summaries, scan.num_rows, len(rejects))
+    index = json_bytes(build_index(summaries, origin["settings"]["shard_bytes"]))
     remove_parts(folder)
-    manifest |= {
-        "rejects": write_rejects(folder, rejects, sources["data"]["name"]),
+    manifest = build_manifest(summaries, scan.num_rows, len(rejects)) | {
+        "rejects": write_rejects(folder, rejects, origin["sources"]["data"]["name"]).model_dump(),
+        "plan": file_digest(pretty(plan)).model_dump(),
+        "index": file_digest(index).model_dump(),
         "num_other_extensions": scan.num_other_extensions,
-        "settings": asdict(settings),
-        "sources": sources,
-        "code": code_version(),
+        **origin,
     }
-    write_whole(folder / "index.json", json_bytes(build_index(summaries, settings)))
-    write_whole(folder / "manifest.json", _pretty(manifest))
-    return manifest
+    write_whole(folder / "index.json", index)
+    write_whole(folder / "manifest.json", sealed := seal(manifest))
+    return json.loads(sealed)
 
 
 def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejected: int) -> dict:
@@ -106,8 +131,8 @@ def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejecte
     num_samples = sum(summary.num_samples for summary in summaries)
     assert num_rows == num_samples + num_rejected, f"{num_rows} rows became {num_samples} + {num_rejected}"
     return {
-        "version": 1,
-        "fingerprint": hashlib.sha256("\n".join(summary.tar_sha256 for summary in summaries).encode()).hexdigest(),
+        "version": 2,
+        "fingerprint": fingerprint(summary.tar_sha256 for summary in summaries),
         "num_rows": num_rows,
         "num_samples": num_samples,
         "num_rejected": num_rejected,
@@ -120,6 +145,7 @@ def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejecte
                 "sidecar": f"{summary.name}.json",
                 "sha256": summary.tar_sha256,
                 "bytes": summary.tar_bytes,
+                "sidecar_sha256": summary.sidecar_sha256,
                 "num_samples": summary.num_samples,
                 "num_images": summary.num_images,
                 "num_rejected": len(summary.rejects),
@@ -129,7 +155,7 @@ def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejecte
     }
 
 
-def build_index(summaries: Iterable[ShardSummary], settings: Settings) -> dict:
+def build_index(summaries: Iterable[ShardSummary], shard_bytes: int) -> dict:
     """Returns index.json as mosaicml-streaming reads it.
 
     The fields of a shard are those of `streaming.base.format.base.reader.SplitReader`: the tar is its data file and the
@@ -144,7 +170,7 @@ def build_index(summaries: Iterable[ShardSummary], settings: Settings) -> dict:
                 "compression": None,
                 "hashes": ["sha256"],
                 "samples": shard.num_samples,
-                "size_limit": settings.shard_bytes,
+                "size_limit": shard_bytes,
                 "raw_data": _file_info(f"{shard.name}.tar", shard.tar_bytes, shard.tar_sha256),
                 "raw_meta": _file_info(f"{shard.name}.json", shard.sidecar_bytes, shard.sidecar_sha256),
                 "zip_data": None,
@@ -160,30 +186,13 @@ def _file_info(basename: str, num_bytes: int, sha256: str) -> dict:
     return {"basename": basename, "bytes": num_bytes, "hashes": {"sha256": sha256}}
 
 
-def write_rejects(folder: Location, rejects: Iterable[Reject], source: str) -> dict:
-    """Writes rejects.jsonl, in the order of the source; returns its bytes and SHA-256, for the manifest."""
+def write_rejects(folder: Location, rejects: Iterable[Reject], source: str) -> FileDigest:
+    """Writes rejects.jsonl, in the order of the source; returns its size and SHA-256, for the manifest."""
     lines = b"".join(reject_line(reject, source) for reject in sorted(rejects))
     write_whole(folder / "rejects.jsonl", lines)
-    return {"bytes": len(lines), "sha256": hashlib.sha256(lines).hexdigest()}
+    return file_digest(lines)
 
 
 def reject_line(reject: Reject, source: str) -> bytes:
     """Returns the line of a refused row."""
     return json_bytes({"source": source, **reject._asdict()}) + b"\n"
-
-
-def code_version() -> dict:
-    """Returns what wrote the shards: this project's version and Pillow's, which decides what decodes."""
-    here = Path(__file__).resolve().parent
-    described = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    try:
-        version = described.stdout.strip() or metadata.version("saisa")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    return {"saisa": version, "pillow": PIL.__version__}
-
-
-def _pretty(value: dict) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -7,7 +7,6 @@ The page needs no other file and no network, and runs no script. Texts of a data
 escapes all of them, and its Content-Security-Policy would stop what slipped through.
 """
 
-import json
 import os
 import random
 import time
@@ -21,10 +20,12 @@ from typing import Annotated, Any
 
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import ValidationError
 from rich.console import Console
 
 from common.console import UsageError, build_console, run
-from common.files import Location, open_file, open_location, read_whole, write_whole
+from common.files import Location, open_file, open_location, write_whole
+from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
 from data_prep.report_shard import Card, ReportTask, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
 from data_prep.reporting import build_task_progress
@@ -43,6 +44,16 @@ HISTOGRAMS: tuple[tuple[str, str, str, float], ...] = (
 )
 """Name of the statistic, title, what a value counts, and what all values are multiples of."""
 MAX_SOURCES = 40
+
+
+class RejectLine(Entry):
+    """A line of rejects.jsonl."""
+
+    index: int
+    id: str
+    file: str | None
+    kind: str
+    reason: str
 
 
 def main(
@@ -65,45 +76,30 @@ def main(
     write_report(folder, manifest, page, num_samples, seed, workers)
 
 
-def read_manifest(folder: Location) -> dict:
-    """Returns the manifest of a finished shard directory.
-
-    Raises:
-        ValueError: The directory is not finished.
-    """
-    try:
-        return json.loads(read_whole(folder / "manifest.json"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} holds no finished shards (no manifest.json); finish `make shards` first") from None
-
-
 def write_report(
-    folder: Location, manifest: dict, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
+    folder: Location, manifest: Manifest, page: Path, num_samples: int = 48, seed: int = 0, workers: int | None = None
 ) -> None:
     """Writes the page about a finished shard directory: the same one whatever the number of workers."""
     console = build_console(stderr=True)
-    tasks = build_tasks(folder, manifest["shards"], num_samples, seed)
-    stats, cards = read_shards(tasks, manifest["num_samples"], console, workers)
+    tasks = build_tasks(folder, manifest.shards, num_samples, seed)
+    stats, cards = read_shards(tasks, manifest.num_samples, console, workers)
     text = render(folder, manifest, stats, cards, count_rejects(folder))
     write_whole(page, text.encode())
     console.print(
-        f"{manifest['num_samples']:,} samples looked at, {len(cards):,} shown\n"
+        f"{manifest.num_samples:,} samples looked at, {len(cards):,} shown\n"
         f"written to {page} ({size_text(page.stat().st_size)}); open it in a browser",
     )
 
 
-def build_tasks(folder: Location, shards: Sequence[dict], num_samples: int, seed: int) -> list[ReportTask]:
+def build_tasks(folder: Location, shards: Sequence[ShardEntry], num_samples: int, seed: int) -> list[ReportTask]:
     """Returns a task for each shard; the samples to show are drawn from all samples alike."""
-    ends = list(accumulate(shard["num_samples"] for shard in shards))
+    ends = list(accumulate(shard.num_samples for shard in shards))
     total = ends[-1]
     chosen: dict[int, list[int]] = {}
     for number in random.Random(seed).sample(range(total), min(num_samples, total)):
         shard = bisect_right(ends, number)
-        chosen.setdefault(shard, []).append(number - ends[shard] + shards[shard]["num_samples"])
-    return [
-        ReportTask(folder, shard["tar"], shard["sidecar"], shard["num_samples"], tuple(chosen.get(number, ())))
-        for number, shard in enumerate(shards)
-    ]
+        chosen.setdefault(shard, []).append(number - ends[shard] + shards[shard].num_samples)
+    return [ReportTask(folder, shard, tuple(chosen.get(number, ()))) for number, shard in enumerate(shards)]
 
 
 def read_shards(
@@ -123,19 +119,26 @@ def read_shards(
     return stats, sorted(cards, key=lambda card: card.key)
 
 
-def count_rejects(folder: Location) -> list[tuple[str, int, dict]]:
+def count_rejects(folder: Location) -> list[tuple[str, int, RejectLine]]:
     """Returns each kind of refusal with its number of rows and its first row, most frequent kind first."""
-    counts, first = Counter(), {}
-    with open_file(folder / "rejects.jsonl") as lines:
+    counts, first, file = Counter(), {}, folder / "rejects.jsonl"
+    with open_file(file) as lines:
         for line in lines:
-            reject = json.loads(line)
-            counts[reject["kind"]] += 1
-            first.setdefault(reject["kind"], reject)
+            try:
+                reject = RejectLine.model_validate_json(line)
+            except ValidationError:
+                raise ValueError(f"{file} is damaged ({line[:40]!a}); delete it and {AGAIN}") from None
+            counts[reject.kind] += 1
+            first.setdefault(reject.kind, reject)
     return [(kind, num_rows, first[kind]) for kind, num_rows in ranked(counts)]
 
 
 def render(
-    folder: Location, manifest: dict, stats: Stats, cards: Sequence[Card], rejects: Sequence[tuple[str, int, dict]]
+    folder: Location,
+    manifest: Manifest,
+    stats: Stats,
+    cards: Sequence[Card],
+    rejects: Sequence[tuple[str, int, RejectLine]],
 ) -> str:
     """Returns the page."""
     environment = Environment(
@@ -148,7 +151,7 @@ def render(
     environment.filters |= {"shown": shown, "size": size_text, "percent_of": percent_text}
     template = environment.get_template("report.html.jinja")
     seconds = (folder / "manifest.json").stat().st_mtime  # 0 where a store does not tell
-    sources = source_rows(stats, manifest["sources"]["images"]["names"])
+    sources = source_rows(stats, manifest.sources.images.names)
     return template.render(
         name=folder.name,
         manifest=manifest,

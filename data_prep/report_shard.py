@@ -4,6 +4,7 @@ A pure function of its task. Images are skipped, not read, but for those to show
 record to record; one in a store through fsspec's buffer, in pieces of megabytes, and not by a request for each sample.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -16,6 +17,7 @@ from PIL import Image
 
 from common.files import Location, open_file, read_whole
 from data_prep.image_check import FORMATS, LOSSY, check_image
+from data_prep.listings import ShardEntry
 from data_prep.records import Refused
 from data_prep.report_stats import Stats, count, measure
 from data_prep.tar_writer import BLOCK_BYTES
@@ -30,14 +32,12 @@ class ReportTask:
     """One shard to read, and the numbers of those of its samples that are to be shown."""
 
     folder: Location
-    tar: str
-    sidecar: str
-    num_samples: int
+    shard: ShardEntry
     chosen: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """What an error calls this task."""
-        return self.tar
+        return self.shard.tar
 
 
 class Card(NamedTuple):
@@ -64,16 +64,19 @@ def read_shard(task: ReportTask) -> ShardReport:
         ValueError: The tar is not what its sidecar says.
         OSError: A file cannot be read.
     """
-    samples, stats, cards = read_sidecar(task), {}, []
-    with open_file(task.folder / task.tar) as file:
+    tar, samples, stats, cards = task.shard.tar, read_sidecar(task), {}, []
+    with open_file(task.folder / tar) as file:
         for number, (key, offset, size, checksum) in enumerate(samples):
             file.seek(offset)
-            record = read_record(file, key, task.tar)
-            count(stats, measure(record, size))
+            record = read_record(file, key, tar)
+            try:
+                count(stats, measure(record, size))
+            except (KeyError, TypeError, AttributeError, ArithmeticError):
+                raise ValueError(f"{tar}: the record of sample {key} is damaged; {AGAIN}") from None
             if number in task.chosen:
                 file.seek(offset)
                 if zlib.crc32(blocks := file.read(size)) != checksum:
-                    raise ValueError(f"{task.tar}: sample {key} is damaged (checksum); {AGAIN}")
+                    raise ValueError(f"{tar}: sample {key} is damaged (checksum); {AGAIN}")
                 cards.append(Card(key, size, record, read_thumbnails(blocks, key, record["images"])))
     return ShardReport(len(samples), stats, cards)
 
@@ -85,12 +88,16 @@ def read_sidecar(task: ReportTask) -> list[tuple[str, int, int, int]]:
         ValueError: The sidecar is damaged, or not the one that belongs here.
     """
     try:
-        sidecar = json.loads(read_whole(task.folder / task.sidecar))
+        data = read_whole(task.folder / task.shard.sidecar)
+        if task.shard.sidecar_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("another SHA-256")
+        sidecar = json.loads(data)
         samples = list(zip(*(sidecar[name] for name in ("keys", "offsets", "sizes", "checksums")), strict=True))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{task.sidecar} is no sidecar of a shard; {AGAIN}") from None
-    if len(samples) != task.num_samples:
-        raise ValueError(f"{task.sidecar} lists {len(samples)} samples, manifest.json {task.num_samples}; {AGAIN}")
+        raise ValueError(f"{task.shard.sidecar} is not the sidecar of {task.shard.tar}; {AGAIN}") from None
+    if len(samples) != task.shard.num_samples:
+        told = f"lists {len(samples)} samples, manifest.json {task.shard.num_samples}"
+        raise ValueError(f"{task.shard.sidecar} {told}; {AGAIN}")
     return samples
 
 

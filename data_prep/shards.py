@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ import typer
 
 from common.console import UsageError, build_console, run
 from common.files import Location, locked, open_location
+from common.version import code_version
 from data_prep import output
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
@@ -114,17 +116,18 @@ def make_shards(
     started, console = time.monotonic(), build_console(stderr=True)
     folder = open_location(out)
     with open_source(data, images, settings, console) as source:
-        plan_identity = identity(source.scan, settings, source.description["data"]["sha256"])
-        if manifest := output.finished(folder, plan_identity, source.scan.modified_sha256):
+        same = identity(source.scan, settings, source.description["data"]["sha256"])
+        plan = {"identity": same, "modified_sha256": source.scan.modified_sha256}
+        origin = {"settings": asdict(settings), "sources": source.description, "code": code_version()}
+        if manifest := output.finished(folder, plan):
             console.print(f"{folder} is complete and was made from this input: nothing to do")
             return manifest
         with locked(folder):
             reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
-            recheck = output.prepare(folder, plan_identity, source.scan.modified_sha256)
+            recheck = output.prepare(folder, plan)
             summaries = _write_all(source, folder, settings, recheck, reject_log, workers, address)
-            if recheck:
-                output.write_plan(folder, plan_identity, source.scan.modified_sha256)
-            manifest = output.finalize(folder, summaries, source.scan, settings, source.description)
+            output.write_plan(folder, plan)
+            manifest = output.finalize(folder, plan, summaries, source.scan, origin)
     reject_log.show_table()
     num_kept = sum(not summary.is_new for summary in summaries)
     text = summary_text(manifest, num_kept, time.monotonic() - started, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.files import locked
-from data_prep.output import code_version
+from common.version import code_version
 from pipeline.checkpoint.checkpoint import choose_checkpoint, restore_checkpoint, set_aside_newer, sharded_state
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config import RunConfig, to_yaml

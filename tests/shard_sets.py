@@ -3,14 +3,16 @@
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from common.version import code_version
 from data_prep import output
-from data_prep.plan import Settings, build_plan
+from data_prep.plan import Settings, build_plan, identity
 from data_prep.shard_task import write_shard
 from data_prep.shards import build_tasks
 from data_prep.source import open_source
@@ -38,7 +40,11 @@ def shard_here(data: Path, images: Path, folder: Path, settings: Settings) -> Pa
     with open_source(data, images, settings, Console(file=io.StringIO())) as source:
         plan = build_plan(source.scan, settings)
         summaries = [write_shard(task) for task in build_tasks(source, folder, settings, plan, recheck=False)]
-        output.finalize(folder, summaries, source.scan, settings, source.description)
+        same = identity(source.scan, settings, source.description["data"]["sha256"])
+        plan_file = {"identity": same, "modified_sha256": source.scan.modified_sha256}
+        output.write_plan(folder, plan_file)
+        origin = {"settings": asdict(settings), "sources": source.description, "code": code_version()}
+        output.finalize(folder, plan_file, summaries, source.scan, origin)
     return folder
 
 

@@ -56,8 +56,9 @@ class ShardSet:
         options = {"remote": self.location, "cache_limit_bytes": cache_limit_bytes} if is_remote else {}
         self.stream = TarStream(local=str(cache if is_remote else location), **options)
         self.readers = self.stream.open()
+        assert self.stream.manifest
         self.manifest = self.stream.manifest
-        self.fingerprint: str = self.manifest["fingerprint"]
+        self.fingerprint = self.manifest.fingerprint
         self.shard_sizes = [len(reader) for reader in self.readers]
         self._ends = list(accumulate(self.shard_sizes))
         self._files: OrderedDict[int, OpenFile] = OrderedDict()  # its methods are atomic: no lock

@@ -37,7 +37,7 @@ def check(shards: ShardSet, limit: int | None = None) -> str:
     Raises:
         ValueError: Something is not; names the first difference.
     """
-    counted = shards.manifest["num_samples"]
+    counted = shards.manifest.num_samples
     pairs = zip_longest(by_number(shards), by_webdataset(shards))
     num_same = 0
     for found, streamed in islice(pairs, limit):

@@ -14,6 +14,7 @@ from zlib import crc32
 from streaming.base.format.base.reader import FileInfo, SplitReader
 
 from common.json_files import parse_json
+from data_prep.listings import IndexShard
 from data_prep.tar_writer import BLOCK_BYTES
 
 RECORD_GUESS_BYTES = 8192  # header and record of nearly every sample; longer ones cost a second read
@@ -64,11 +65,11 @@ class Slots(NamedTuple):
 class TarReader(SplitReader):
     """One shard as mosaicml-streaming's readers are: `reader[i]` is a dict of member name to bytes."""
 
-    def __init__(self, folder: Path, shard: dict[str, Any], in_place: bool) -> None:
+    def __init__(self, folder: Path, shard: IndexShard, in_place: bool) -> None:
         """Takes an entry of index.json. Files that are read in place are the only ones there are: never remove them."""
-        data, meta = FileInfo(**shard["raw_data"]), FileInfo(**shard["raw_meta"])
-        hashes, samples, size_limit = shard["hashes"], shard["samples"], shard["size_limit"]
-        super().__init__(str(folder), None, None, hashes, data, meta, samples, size_limit, None, None)
+        data, meta = (FileInfo(file.basename, file.bytes, {**file.hashes}) for file in (shard.raw_data, shard.raw_meta))
+        sizes = shard.samples, shard.size_limit
+        super().__init__(str(folder), None, None, [*shard.hashes], data, meta, *sizes, None, None)
         self.path, self.sidecar_path, self.in_place = folder / data.basename, folder / meta.basename, in_place
         self.slots: Slots | None = None
 

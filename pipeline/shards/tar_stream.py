@@ -9,7 +9,6 @@ before it is verified, and that one which is damaged there later is fetched agai
 """
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Collection
@@ -23,10 +22,8 @@ from streaming.base.stream import Stream, streams_registry
 from streaming.base.util import retry
 from streaming.base.world import World
 
-from common.files import open_location, read_whole
-from common.json_files import parse_json
-from data_prep.output import FORMAT
-from data_prep.shard_names import check_sha256, check_shard_names
+from common.files import open_location
+from data_prep.listings import FORMAT, Index, Manifest, read_listings
 from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.tar_reader import DamagedShard, OpenFile, TarReader, open_whole
 
@@ -59,7 +56,7 @@ class TarStream(Stream):
             raise ValueError(f"{remote}: {error}; install what mosaicml-streaming needs for such URLs") from None
         self.root, self.cache_limit_bytes = Path(self.local), cache_limit_bytes
         self.cache: ShardCache | None = None
-        self.manifest: dict[str, Any] = {}
+        self.manifest: Manifest | None = None
 
     def open(self) -> list[TarReader]:
         """Returns the readers of all shards that hold samples, from an index that is read anew at each call.
@@ -67,13 +64,12 @@ class TarStream(Stream):
         Raises:
             ValueError: There are no finished shards, what lists them is damaged, or the limit of the cache is too low.
         """
-        location = self.remote or self.local
-        self.manifest, index = read_listings(location)
+        self.manifest, index = read_listings(open_location(self.remote or self.local))
         if self.remote:
             _check_limit(self.cache_limit_bytes, index)
-            self.cache = ShardCache(self.root, self.manifest["fingerprint"], self.cache_limit_bytes)
+            self.cache = ShardCache(self.root, self.manifest.fingerprint, self.cache_limit_bytes)
             self.local = str(self.cache.folder)
-        return [TarReader(Path(self.local), shard, in_place=not self.cache) for shard in index["shards"]]
+        return [TarReader(Path(self.local), shard, in_place=not self.cache) for shard in index.shards]
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """Returns the same to streaming's own data set."""
@@ -170,50 +166,7 @@ def _check_endpoint(remote: str) -> None:
         raise ValueError(f"S3_ENDPOINT_URL={own} but AWS_ENDPOINT_URL={common}; set AWS_ENDPOINT_URL alone")
 
 
-def _check_limit(limit_bytes: int | None, index: dict[str, Any]) -> None:
-    two = 2 * max((shard["raw_data"]["bytes"] for shard in index["shards"]), default=0)
+def _check_limit(limit_bytes: int | None, index: Index) -> None:
+    two = 2 * max((shard.raw_data.bytes for shard in index.shards), default=0)
     if limit_bytes is not None and limit_bytes < two:
         raise ValueError(f"a cache limit of {limit_bytes:,} bytes does not hold two shards; it must be {two:,} or more")
-
-
-def read_listings(location: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the manifest and the index of a shard set, as they are now.
-
-    Raises:
-        ValueError: One is missing or damaged, or they are not of the same shards.
-    """
-    folder = open_location(location)
-    try:
-        manifest, index = (parse_json(read_whole(folder / name)) for name in ("manifest.json", "index.json"))
-        check_sha256("fingerprint", manifest["fingerprint"])
-        check_shard_names((shard["tar"], shard["sidecar"]) for shard in manifest["shards"])
-        check_shard_names((s["raw_data"]["basename"], s["raw_meta"]["basename"]) for s in index["shards"])
-        agree = _shards_of(manifest) == _shards_in(index)
-        hashes = "\n".join(shard["sha256"] for shard in manifest["shards"])
-        agree = agree and hashlib.sha256(hashes.encode()).hexdigest() == manifest["fingerprint"]
-    except FileNotFoundError as error:
-        name = os.path.basename(error.filename or "manifest.json")
-        raise ValueError(
-            f"{location}: no finished shards here (no {name}); run `make shards OUT={location}` first"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{location}: its listings are damaged ({error}); run `make shards` again") from None
-    if not agree:
-        raise ValueError(f"{location}: its manifest.json and index.json list different shards; run `make shards` again")
-    return manifest, index
-
-
-def _shards_of(manifest: dict[str, Any]) -> list[tuple]:
-    shards = [shard for shard in manifest["shards"] if shard["num_samples"]]
-    return [(shard["tar"], shard["bytes"], shard["sha256"], shard["num_samples"], shard["sidecar"]) for shard in shards]
-
-
-def _shards_in(index: dict[str, Any]) -> list[tuple]:
-    """The same from the index; shards of which every row was refused are not in it."""
-    found = []
-    for shard in index["shards"]:
-        if (shard["version"], shard["format"]) != (2, FORMAT):
-            raise ValueError(f"format {shard['format']!r}, not {FORMAT!r}")
-        data, meta = FileInfo(**shard["raw_data"]), FileInfo(**shard["raw_meta"])
-        found.append((data.basename, data.bytes, data.hashes["sha256"], shard["samples"], meta.basename))
-    return found

@@ -14,15 +14,24 @@ from data_prep.plan import Scan, Settings
 from data_prep.records import Reject
 from data_prep.shard_task import ShardSummary
 
-LATE = ShardSummary("shard-000001", 3, 2, 9000, "cc", 300, "dd", (Reject(4, "x", None, "role", "why"),), True)
-EARLY = ShardSummary("shard-000000", 5, 6, 8000, "aa", 200, "bb", (), False)
-EMPTY = ShardSummary("shard-000002", 0, 0, 1024, "ee", 100, "ff", (Reject(5, "y", None, "role", "why"),), True)
-SOURCES = {"data": {"name": "rows.json"}}
+LATE = ShardSummary("shard-000001", 3, 2, 9000, "c" * 64, 300, "d" * 64, (Reject(4, "x", None, "role", "why"),), True)
+EARLY = ShardSummary("shard-000000", 5, 6, 8000, "a" * 64, 200, "b" * 64, (), False)
+EMPTY = ShardSummary("shard-000002", 0, 0, 1024, "e" * 64, 100, "f" * 64, (Reject(5, "y", None, "role", "why"),), True)
+PLAN = {"identity": {"seed": 0}, "modified_sha256": "dates"}
+ORIGIN = {
+    "settings": asdict(Settings()),
+    "sources": {"data": {"name": "rows.json"}},
+    "code": {"saisa": "1", "pillow": "2"},
+}
+
+
+def plan_of(identity: dict, modified_sha256: str) -> dict:
+    return {"identity": identity, "modified_sha256": modified_sha256}
 
 
 def test_manifest_counts_add_up() -> None:
     manifest = output.build_manifest([EARLY, LATE], num_rows=9, num_rejected=1)
-    assert manifest["fingerprint"] == hashlib.sha256(b"aa\ncc").hexdigest()
+    assert manifest["fingerprint"] == hashlib.sha256(b"\n".join([b"a" * 64, b"c" * 64])).hexdigest()
     counts = {key: value for key, value in manifest.items() if key.startswith("num_")}
     expected = {"num_rows": 9, "num_samples": 8, "num_rejected": 1, "num_images": 8, "num_shards": 2}
     assert counts == expected | {"num_bytes": 17000}
@@ -38,7 +47,7 @@ def test_streaming_takes_the_index() -> None:
         def get_sample_data(self, idx: int) -> bytes:
             return b""
 
-    index = json.loads(json.dumps(output.build_index([EARLY, LATE, EMPTY], Settings())))
+    index = json.loads(json.dumps(output.build_index([EARLY, LATE, EMPTY], 1000)))
     assert index["version"] == 2 and len(index["shards"]) == 2
     for shard, summary in zip(index["shards"], (EARLY, LATE), strict=True):
         assert (shard.pop("version"), shard.pop("format")) == (2, "saisa-tar")
@@ -53,7 +62,7 @@ def test_streaming_takes_the_index() -> None:
 def test_finalize_puts_rejects_in_the_order_of_the_source(tmp_path: Path) -> None:
     scan = Scan(num_rows=11, rejects=[Reject(9, "z", "\u00e9.jpg", "image_missing", "gone")])
     (tmp_path / "shard-000003.tar.1.part").touch()
-    output.finalize(tmp_path, [EMPTY, LATE, EARLY], scan, Settings(), SOURCES)
+    output.finalize(tmp_path, PLAN, [EMPTY, LATE, EARLY], scan, ORIGIN)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [reject["index"] for reject in rejects] == [4, 5, 9]
     assert rejects[2] == {
@@ -64,30 +73,30 @@ def test_finalize_puts_rejects_in_the_order_of_the_source(tmp_path: Path) -> Non
     assert manifest["settings"] == asdict(Settings())
     lines = (tmp_path / "rejects.jsonl").read_bytes()
     assert manifest["rejects"] == {"bytes": len(lines), "sha256": hashlib.sha256(lines).hexdigest()}
-    assert manifest["code"].keys() == {"saisa", "pillow"}
+    assert manifest["code"] == {"saisa": "1", "pillow": "2"}
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_folder_is_begun_continued_rechecked_or_refused(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
-    assert output.prepare(folder, {"seed": 0}, "dates") is False
-    assert output.prepare(folder, {"seed": 1}, "dates") is False  # no shard yet: the plan may change
+    assert output.prepare(folder, plan_of({"seed": 0}, "dates")) is False
+    assert output.prepare(folder, plan_of({"seed": 1}, "dates")) is False  # no shard yet: the plan may change
     (folder / "shard-000000.tar").touch()
-    assert output.prepare(folder, {"seed": 1}, "dates") is False
+    assert output.prepare(folder, plan_of({"seed": 1}, "dates")) is False
     (folder / "manifest.json").touch()
     with pytest.raises(ValueError, match="holds other shards: seed was 1, is 2; use another --out or delete this one"):
-        output.prepare(folder, {"seed": 2}, "dates")
-    assert output.prepare(folder, {"seed": 1}, "other dates") is True
+        output.prepare(folder, plan_of({"seed": 2}, "dates"))
+    assert output.prepare(folder, plan_of({"seed": 1}, "other dates")) is True
     assert (folder / "manifest.json").exists()
-    assert output.prepare(folder, {"seed": 1}, "dates") is False
+    assert output.prepare(folder, plan_of({"seed": 1}, "dates")) is False
     assert not (folder / "manifest.json").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"not empty \(it holds thesis\.tex\)"):
-        output.prepare(tmp_path, {"seed": 0}, "dates")
+        output.prepare(tmp_path, plan_of({"seed": 0}, "dates"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -95,18 +104,18 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     "missing", ["plan.json", "index.json", "manifest.json", "rejects.jsonl", "shard-000000.tar", "shard-000000.json"]
 )
 def test_finished_means_that_every_file_is_there_and_none_has_grown(tmp_path: Path, missing: str) -> None:
-    output.prepare(tmp_path, {"seed": 0}, "dates")
+    output.prepare(tmp_path, plan_of({"seed": 0}, "dates"))
     for name, size in (("tar", EARLY.tar_bytes), ("json", EARLY.sidecar_bytes)):
         (tmp_path / f"{EARLY.name}.{name}").write_bytes(bytes(size))
-    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
-    manifest = output.finalize(tmp_path, [EARLY], Scan(num_rows=5), Settings(), SOURCES)
-    assert output.finished(tmp_path, {"seed": 0}, "dates") == manifest
-    assert output.finished(tmp_path, {"seed": 1}, "dates") is None
-    assert output.finished(tmp_path, {"seed": 0}, "others") is None
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) is None
+    manifest = output.finalize(tmp_path, PLAN, [EARLY], Scan(num_rows=5), ORIGIN)
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) == manifest
+    assert output.finished(tmp_path, plan_of({"seed": 1}, "dates")) is None
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "others")) is None
     data = (tmp_path / missing).read_bytes()
     (tmp_path / missing).write_bytes(data + b"\n\n{")
-    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) is None
     (tmp_path / missing).write_bytes(data)
-    assert output.finished(tmp_path, {"seed": 0}, "dates") == manifest
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) == manifest
     (tmp_path / missing).unlink()
-    assert output.finished(tmp_path, {"seed": 0}, "dates") is None
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) is None

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
+from data_prep.listings import read_manifest
 from data_prep.plan import Settings
 from data_prep.report import build_tasks, count_rejects, main, percent_text, size_text, source_rows
 from data_prep.report_shard import ReportTask, ShardReport, read_shard, thumbnail
@@ -30,7 +31,7 @@ run_cli = partial(run_command, main)
 
 
 def read_all(out: Path, **options) -> list[ShardReport]:
-    shards = json.loads((out / "manifest.json").read_text())["shards"]
+    shards = read_manifest(out).shards
     return [read_shard(task) for task in build_tasks(out, shards, **{"num_samples": 0, "seed": 0, **options})]
 
 
@@ -104,8 +105,8 @@ def test_a_url_is_read_as_a_folder_is(dataset, tmp_path: Path) -> None:
     store = UPath("memory://report-test")
     for path in (tmp_path / "out").iterdir():
         (store / path.name).write_bytes(path.read_bytes())
-    task = {"tar": "shard-000000.tar", "sidecar": "shard-000000.json", "num_samples": 30, "chosen": (3, 17)}
-    assert read_shard(ReportTask(store, **task)) == read_shard(ReportTask(tmp_path / "out", **task))
+    (shard,), chosen = read_manifest(tmp_path / "out").shards, (3, 17)
+    assert read_shard(ReportTask(store, shard, chosen)) == read_shard(ReportTask(tmp_path / "out", shard, chosen))
 
 
 def test_percentiles_are_values_that_occur() -> None:
@@ -194,7 +195,7 @@ def test_refusals_are_counted_by_kind_with_the_first_as_example(dataset, tmp_pat
     gone = [{"id": f"gone-{i}", "image": f"none-{i}.jpg", "conversations": turns} for i in range(2)]
     dataset.data.write_text(json.dumps([{"id": "empty"}, *gone, *dataset.rows]))
     make_shards(dataset.data, dataset.images, tmp_path / "out", SMALL, max_bad_fraction=0.2)
-    found = [(kind, num_rows, first["index"]) for kind, num_rows, first in count_rejects(tmp_path / "out")]
+    found = [(kind, num_rows, first.index) for kind, num_rows, first in count_rejects(tmp_path / "out")]
     assert found == [("image_missing", 2, 1), ("conversations", 1, 0)]
     assert run_cli(tmp_path / "out", "--num-samples", 0)[0] == 0
     text = re.sub(r"\s+", " ", (tmp_path / "out" / "report.html").read_text())
@@ -230,7 +231,7 @@ def test_thumbnails_are_small_and_look_like_the_image(mode: str, color, expected
 def test_a_folder_that_is_not_finished_or_not_whole_is_refused(dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = run_cli(out)
-    assert status == 1 and f"error: {out} holds no finished shards (no manifest.json); finish `make shards`" in said
+    assert status == 1 and f"error: {out}: no shards here; name what `make shards` wrote" in said
     make_shards(dataset.data, dataset.images, out, Settings())
     tar = out / "shard-000000.tar"
     data = tar.read_bytes()
@@ -246,7 +247,10 @@ def test_a_folder_that_is_not_finished_or_not_whole_is_refused(dataset, tmp_path
     assert status == 1 and f"error: {tar}: No such file or directory" in said
     (out / "shard-000000.json").write_text("{}")
     status, said = run_cli(out)
-    assert status == 1 and "error: shard-000000.json is no sidecar of a shard; delete it and run the same" in said
+    assert (
+        status == 1
+        and "error: shard-000000.json is not the sidecar of shard-000000.tar; delete it and run the same" in said
+    )
     assert not (out / "report.html").exists()
 
 

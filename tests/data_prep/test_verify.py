@@ -14,6 +14,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data_prep import verify, verify_shard
+from data_prep.listings import ShardEntry, file_digest, inspect_listings, read_listings, seal
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from data_prep.tar_writer import END_OF_ARCHIVE
@@ -23,6 +24,8 @@ from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 DAMAGED = "bytes differ from the checksum"
+DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
+OWN = "manifest.json: its bytes differ from its own SHA-256"
 
 
 class Shards:
@@ -209,14 +212,14 @@ def missing_sidecar(shards: Shards) -> list[str]:
 
 def cut_sidecar(shards: Shards) -> list[str]:
     cut(shards.tar.with_suffix(".json"), -10)
-    return [f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in index.json; the tar is whole"]
+    return [f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in manifest.json; the tar is whole"]
 
 
 def flipped_sidecar_and_tar(shards: Shards) -> list[str]:
     flip(shards.tar, shards.at)
     flip(shards.tar.with_suffix(".json"), 200)
     return [
-        f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in index.json",
+        f"{shards.tar.stem}.json: its bytes differ from the SHA-256 in manifest.json",
         f"{shards.tar.name}: bytes differ from the SHA-256 in manifest.json; no sidecar says in which samples",
     ]
 
@@ -234,13 +237,12 @@ def flipped_tar_of_refused_rows(shards: Shards) -> list[str]:
 
 def flipped_name_in_the_sidecar_of_refused_rows(shards: Shards) -> list[str]:
     replace(shards.refused.with_suffix(".json"), "crc32", "crc33")
-    return [f"{shards.refused.stem}.json: it is not that of a shard with 1 refused rows alone; the tar is whole"]
+    return [f"{shards.refused.stem}.json: its bytes differ from the SHA-256 in manifest.json; the tar is whole"]
 
 
 def flipped_text_in_the_sidecar_of_refused_rows(shards: Shards) -> list[str]:
-    """No checksum knows it, but rejects.jsonl says the same."""
     replace(shards.refused.with_suffix(".json"), '"id":"noise"', '"id":"nohse"')
-    return [f"rejects.jsonl: does not agree with {shards.refused.stem}.json on record nohse (index 30)"]
+    return [f"{shards.refused.stem}.json: its bytes differ from the SHA-256 in manifest.json; the tar is whole"]
 
 
 def extra_files(shards: Shards) -> list[str]:
@@ -257,7 +259,7 @@ def extra_files(shards: Shards) -> list[str]:
 
 def edited_count(shards: Shards) -> list[str]:
     replace(shards.out / "manifest.json", '"num_samples": 32', '"num_samples": 33')
-    return ["manifest.json: num_samples is 33, the shards give 32"]
+    return [OWN, "manifest.json: num_samples is 33, the shards give 32"]
 
 
 def edited_images_of_a_shard(shards: Shards) -> list[str]:
@@ -266,23 +268,55 @@ def edited_images_of_a_shard(shards: Shards) -> list[str]:
     was = entry["num_images"]
     entry["num_images"] = was + 1
     (shards.out / "manifest.json").write_text(json.dumps(manifest))
-    return [f"manifest.json: shards {shards.tar.name} num_images is {was + 1}, the shards give {was}"]
+    return [OWN, f"manifest.json: shards {shards.tar.name} num_images is {was + 1}, the shards give {was}"]
 
 
 def edited_fingerprint(shards: Shards) -> list[str]:
     was = json.loads((shards.out / "manifest.json").read_text())["fingerprint"]
     replace(shards.out / "manifest.json", was, was[::-1])
-    return [f"manifest.json: fingerprint is {was[::-1]}, the shards give {was}"]
+    return [OWN, f"manifest.json: fingerprint is {was[::-1]}, the shards give {was}"]
 
 
 def edited_index(shards: Shards) -> list[str]:
     index = json.loads((shards.out / "index.json").read_text())
-    name, was = index["shards"][0]["raw_data"]["basename"], index["shards"][0]["samples"]
-    replace(shards.out / "index.json", f'"samples":{was}', '"samples":700')
-    return [f"index.json: shards {name} samples is 700, the shards give {was}"]
+    name, was = index["shards"][0]["raw_data"]["basename"], index["shards"][0]["size_limit"]
+    replace(shards.out / "index.json", f'"size_limit":{was}', '"size_limit":700')
+    return [f"index.json: {DIFFERS}", f"index.json: shards {name} size_limit is 700, the shards give {was}"]
 
 
-REJECTS_DIFFER = "rejects.jsonl: its bytes differ from the size and SHA-256 in manifest.json"
+def resealed(change: Callable[[Shards], list[str]]) -> Callable[[Shards], list[str]]:
+    """Returns a change after which every listing has its digest: as if it had been written so."""
+
+    def damage(shards: Shards) -> list[str]:
+        lines = change(shards)
+        manifest = json.loads((shards.out / "manifest.json").read_text())
+        for name in ("index", "plan"):
+            manifest[name] = file_digest((shards.out / f"{name}.json").read_bytes()).model_dump()
+        (shards.out / "manifest.json").write_bytes(seal(manifest))
+        return [line for line in lines if line != OWN and not line.endswith(DIFFERS)]
+
+    return damage
+
+
+def resealed_fingerprint(shards: Shards) -> list[str]:
+    return ["manifest.json: its fingerprint is not that of its shards", *resealed(edited_fingerprint)(shards)]
+
+
+REJECTS_DIFFER = f"rejects.jsonl: {DIFFERS}"
+
+
+def damaged_plan(shards: Shards) -> list[str]:
+    (shards.out / "plan.json").write_text("{")
+    return [f"plan.json: {DIFFERS}"]
+
+
+def missing_plan(shards: Shards) -> list[str]:
+    (shards.out / "plan.json").unlink()
+    return ["plan.json: is missing"]
+
+
+def damaged_plan_and_index(shards: Shards) -> list[str]:
+    return [*damaged_plan(shards), *edited_index(shards)]
 
 
 def lost_reject(shards: Shards) -> list[str]:
@@ -306,13 +340,13 @@ def edited_size_of_rejects_and_a_missing_sidecar(shards: Shards) -> list[str]:
     """Rejects are checked whatever the shards are like."""
     num_bytes = (shards.out / "rejects.jsonl").stat().st_size
     replace(shards.out / "manifest.json", f'"bytes": {num_bytes},', f'"bytes": {num_bytes + 1},')
-    return [REJECTS_DIFFER, *missing_sidecar(shards)]
+    return [OWN, REJECTS_DIFFER, *missing_sidecar(shards)]
 
 
 def edited_counts_of_rejects(shards: Shards) -> list[str]:
     replace(shards.out / "manifest.json", '"num_rows": 34', '"num_rows": 35')
     replace(shards.out / "manifest.json", '"num_rejected": 2', '"num_rejected": 3')
-    return ["rejects.jsonl: holds 2 rows, manifest.json counts 3"]
+    return [OWN, "rejects.jsonl: holds 2 rows, manifest.json counts 3"]
 
 
 def missing_rejects(shards: Shards) -> list[str]:
@@ -348,7 +382,15 @@ def missing_rejects(shards: Shards) -> list[str]:
         cut_rejects,
         edited_size_of_rejects_and_a_missing_sidecar,
         edited_counts_of_rejects,
+        resealed(edited_count),
+        resealed(edited_images_of_a_shard),
+        resealed_fingerprint,
+        resealed(edited_index),
+        resealed(edited_counts_of_rejects),
         missing_rejects,
+        damaged_plan,
+        missing_plan,
+        damaged_plan_and_index,
     ],
 )
 def test_damage_is_named_and_the_advice_repairs_it(shards: Shards, capsys, damage: Callable) -> None:
@@ -362,10 +404,8 @@ def test_damage_is_named_and_the_advice_repairs_it(shards: Shards, capsys, damag
 def test_every_byte_of_the_shards_is_covered(shards: Shards) -> None:
     """One bit of each byte of a sidecar, and of every 13th of its tar, is flipped in turn."""
     files = [(shards.tar, 13), (shards.tar.with_suffix(".json"), 1)]
-    manifest, index = (json.loads((shards.out / name).read_text()) for name in ("manifest.json", "index.json"))
-    in_index = {shard["raw_data"]["basename"]: shard for shard in index["shards"]}
-    (entry,) = (shard for shard in manifest["shards"] if shard["tar"] == shards.tar.name)
-    task = verify.build_task(shards.out, entry, in_index[shards.tar.name])
+    tasks = verify.build_tasks(shards.out, read_listings(shards.out))
+    (task,) = (task for task in tasks if str(task) == shards.tar.name)
     assert verify_shard.verify_shard(task).problems == []
     for path, step in files:
         whole = path.read_bytes()
@@ -399,10 +439,6 @@ def test_webdataset_reads_a_cut_tar_without_an_error(realdata: Path, tmp_path: P
     [
         ("manifest.json", "is not finished, it has no manifest.json; run the same `make shards` again"),
         ("index.json", "is not finished, it has no index.json; run the same `make shards` again"),
-        (
-            "plan.json",
-            "is not finished, it has no plan.json; a repair needs it; make the shards again in another folder",
-        ),
     ],
 )
 def test_a_directory_without_its_listings_is_not_finished(shards: Shards, name: str, wrong: str) -> None:
@@ -411,9 +447,8 @@ def test_a_directory_without_its_listings_is_not_finished(shards: Shards, name: 
     with pytest.raises(ValueError) as raised:
         verify_shards(shards.out)
     assert str(raised.value) == f"{shards.out} {wrong}"
-    if name != "plan.json":
-        shards.make()
-        assert contents(shards.out) == before
+    shards.make()
+    assert contents(shards.out) == before
 
 
 def test_damaged_listings_are_refused_and_made_again(shards: Shards) -> None:
@@ -422,16 +457,96 @@ def test_damaged_listings_are_refused_and_made_again(shards: Shards) -> None:
     with pytest.raises(ValueError, match=r"index\.json is damaged \(.*\); delete it and run the same `make shards`"):
         verify_shards(shards.out)
     (shards.out / "index.json").write_bytes(before["index.json"])
-    for old, new in ((f'"tar": "{shards.tar.name}"', '"tar": "shard-000998.tar"'), ('"settings"', '"setting"')):
-        replace(shards.out / "manifest.json", old, new)
-        with pytest.raises(
-            ValueError, match=r"manifest\.json or index\.json is damaged .*; delete both and run the same"
-        ):
+    other = shards.tar.name, shards.tar.stem + ".json"
+    for old, new, wrong, names in (
+        (shards.tar.stem, "shard-000998", "manifest.json is damaged (they list different shards)", ["manifest.json"]),
+        (shards.tar.name, "../../victim", "'../../victim' is no name of a shard", ["manifest.json"]),
+        ('"settings"', '"setting"', "manifest.json is damaged (settings: Field required)", ["manifest.json"]),
+    ):
+        for name in other if old == shards.tar.stem else [old]:
+            replace(shards.out / "manifest.json", name, name.replace(old, new))
+        with pytest.raises(ValueError, match=f"{re.escape(wrong)}.*; delete (it|both) and run the same"):
             verify_shards(shards.out)
-        for name in ("index.json", "manifest.json"):
+        for name in names:
             (shards.out / name).unlink()
         shards.make()
         assert contents(shards.out) == before
+
+
+def test_listings_of_different_shards_are_refused(shards: Shards) -> None:
+    """Both are whole: index.json is of other shards, and so says the manifest."""
+    index = json.loads((shards.out / "index.json").read_text())
+    (shards.out / "index.json").write_text(json.dumps(index | {"shards": index["shards"][1:]}))
+    resealed(lambda _: [])(shards)
+    wrong = r"manifest\.json or index\.json is damaged \(they list different shards\); delete both and run the same"
+    with pytest.raises(ValueError, match=wrong):
+        verify_shards(shards.out)
+
+
+def check_quickly(out: Path) -> list[str]:
+    """Returns the files that `verify_shards` blames for listings alone, without reading a shard."""
+    try:
+        listings, damage = inspect_listings(out)
+    except ValueError as error:
+        return re.findall(r"[\w.-]+\.jsonl?", str(error).partition(" is damaged")[0])
+    found = [*verify.check_listings(out, listings.manifest, damage)]
+    found += verify.check_rejects(out, listings.manifest, [])
+    return [problem.file for problem in found]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "index.json", "rejects.jsonl"])
+def test_one_flipped_bit_anywhere_in_a_listing_names_it(shards: Shards, name: str) -> None:
+    """Every third byte, another bit each time; what names it is what `verify_shards` asks first."""
+    assert check_quickly(shards.out) == []
+    path = shards.out / name
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 3), *range(len(whole) - 80, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert name in check_quickly(shards.out), f"bit {place % 8} of byte {place}"
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "index.json", "rejects.jsonl"])
+def test_readers_refuse_or_never_read_a_damaged_listing(shards: Shards, name: str) -> None:
+    whole = (shards.out / name).read_bytes()
+    for place in range(0, len(whole), 31):
+        (shards.out / name).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        if name in ("manifest.json", "index.json"):
+            with pytest.raises(ValueError, match=rf"{name} is damaged .*run the same") as caught:
+                read_listings(shards.out)
+            assert "\n" not in str(caught.value)
+        else:
+            assert len(read_listings(shards.out).index.shards) > 1
+
+
+def test_a_flipped_space_in_a_listing_fails_the_command_and_the_advice_repairs_it(shards: Shards, capsys) -> None:
+    before = contents(shards.out)
+    for name in ("manifest.json", "plan.json"):
+        flip(shards.out / name, before[name].index(b" "))
+    replace(shards.out / "plan.json", "!", " ")
+    replace(shards.out / "manifest.json", "!", "\t")
+    lines, error = problems(shards.out, capsys)
+    assert lines == [OWN] and "1 problem, 0 of" in error
+    check_advice(shards, before, lines)
+
+
+def test_shards_without_checksums_of_listings_are_read_and_made_anew_by_the_advice(shards: Shards, capsys) -> None:
+    """Version 1, as it was written before: one line says what to do, and no shard is written again."""
+    before = contents(shards.out)
+    manifest = json.loads(before["manifest.json"]) | {"version": 1}
+    for name in ("plan", "index", "manifest_sha256"):
+        del manifest[name]
+    for shard in manifest["shards"]:
+        del shard["sidecar_sha256"]
+    (shards.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert read_listings(shards.out).manifest.fingerprint == manifest["fingerprint"]
+    lines, _ = problems(shards.out, capsys)
+    assert lines == [f"manifest.json: {verify.OLD}"]
+    check_advice(shards, before, lines)
+    (shards.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    flip(shards.tar, shards.image_at)
+    assert f"{shards.sample(1)} ({shards.source}): {DAMAGED}" in problems(shards.out, capsys)[0]
 
 
 def test_thousands_of_problems_are_twenty_lines() -> None:
@@ -449,11 +564,12 @@ def test_a_bad_disk_is_damage_and_a_lost_one_is_an_error(tmp_path: Path, monkeyp
         def read(self, *_) -> bytes:
             raise OSError(code, "broken")
 
-    (tmp_path / "a.json").write_text('{"keys": [1], "sizes": [9], "checksums": [0], "bytes": 10}')
+    (tmp_path / "a.json").write_text('{"keys": [1], "sizes": [9], "checksums": [0]}')
     monkeypatch.setattr(verify_shard, "open_buffered", lambda _: Broken())
     monkeypatch.setattr(verify_shard, "_read_sidecar", lambda task: ((tmp_path / "a.json").read_bytes(), ""))
     monkeypatch.setattr(verify_shard, "read_summary", lambda *_, **__: None)
-    task = VerifyTask(tmp_path, "a.tar", "a.json", 10, "", "", 0)
+    numbers = {"bytes": 10, "num_samples": 1, "num_images": 0, "num_rejected": 0}
+    task = VerifyTask(tmp_path, ShardEntry(tar="a.tar", sidecar="a.json", sha256="0" * 64, **numbers), None)
     if code == errno.EIO:
         found = verify_shard.verify_shard(task).problems
         assert found == [Problem("a.tar", "cannot be read: the disk reports an error")]
