@@ -9,6 +9,7 @@ from shutil import copytree
 
 import pytest
 
+from data_prep.listings import file_digest, seal
 from pipeline.shards.shard_cache import ShardCache, within
 from pipeline.shards.shard_set import ShardSet
 from tests.watch import snapshot
@@ -37,12 +38,15 @@ def hostile_store(store: Path, out: Path, number: int, kind: str, name: str) -> 
     data = (out / info["basename"]).read_bytes() + b"\n"
     info |= {"basename": name, "bytes": len(data), "hashes": {"sha256": hashlib.sha256(data).hexdigest()}}
     manifest["shards"][number][kind] = name
-    if kind == "tar":
+    if kind == "sidecar":
+        manifest["shards"][number]["sidecar_sha256"] = info["hashes"]["sha256"]
+    else:
         manifest["shards"][number] |= {"bytes": len(data), "sha256": info["hashes"]["sha256"]}
     hashes = "\n".join(shard["sha256"] for shard in manifest["shards"])
     manifest["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
     (out / "index.json").write_text(json.dumps(index))
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    manifest["index"] = file_digest((out / "index.json").read_bytes()).model_dump()
+    (out / "manifest.json").write_bytes(seal(manifest))
     if not (there := Path(f"{out}/{name}")).exists():
         there.parent.mkdir(parents=True, exist_ok=True)
         there.write_bytes(data)
@@ -66,7 +70,7 @@ def test_a_listing_that_names_another_file_is_refused_by_name(shard_folder, tmp_
 def test_a_fingerprint_names_a_folder_of_the_cache(shard_folder, tmp_path, victim):
     store = copytree(shard_folder, tmp_path / "store")
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "../home"}))
+    (store / "manifest.json").write_bytes(seal(manifest | {"fingerprint": "../home"}))
     with pytest.raises(ValueError, match="fingerprint"):
         ShardSet(f"file://{store}", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

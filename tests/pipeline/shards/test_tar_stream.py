@@ -11,11 +11,11 @@ from streaming import StreamingDataset
 from streaming.base.stream import streams_registry
 from streaming.base.util import clean_stale_shared_memory
 
-from data_prep.output import FORMAT
+from data_prep.listings import FORMAT, file_digest, read_listings, seal
 from data_prep.tar_writer import tar_sample
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.tar_reader import record_end, split_members
-from pipeline.shards.tar_stream import TarStream, read_listings
+from pipeline.shards.tar_stream import TarStream
 
 
 def test_members_are_cut_as_tarfile_cuts_them(shard_folder, tmp_path):
@@ -64,31 +64,55 @@ def test_streaming_does_not_tidy_up_shards_in_place(shard_folder, tmp_path):
     assert reader.path.is_file() and reader.evict() == 0 and reader.path.is_file()
 
 
-def change(file: Path, **changes) -> None:
+def change(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    """Changes a listing, and then what the manifest tells of it and of itself: as if it had been written so."""
+    file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["index"] = file_digest((folder / "index.json").read_bytes()).model_dump()
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def test_listings_must_agree(shard_folder, tmp_path):
     folder = copytree(shard_folder, tmp_path / "shards")
-    manifest, index = read_listings(str(folder))
-    assert len(manifest["shards"]) == len(index["shards"])
-    refused = {**manifest["shards"][0], "num_samples": 0}
+    manifest, index = (json.loads((folder / name).read_text()) for name in ("manifest.json", "index.json"))
+    found = read_listings(folder)
+    assert len(found.manifest.shards) == len(found.index.shards) == len(manifest["shards"])
+    refused, other = {**manifest["shards"][0], "num_samples": 0}, manifest["shards"][1]
+    first, several = index["shards"][0], index["shards"][1:]
+    agree, both = r"manifest.json or index.json is damaged \(they list different shards\); delete both", "index.json"
     for name, value, message in [
-        ("manifest.json", {"fingerprint": "0" * 64}, "list different shards"),
+        (
+            "manifest.json",
+            {"fingerprint": "0" * 64},
+            r"damaged \(its fingerprint is not that of its shards",
+        ),
         ("manifest.json", {"shards": manifest["shards"][::-1]}, "list different shards"),
         ("manifest.json", {"shards": [*manifest["shards"], refused]}, "shard-000000.tar is listed twice"),
-        ("index.json", {"shards": index["shards"][1:]}, "list different shards"),
-        ("index.json", {"shards": [{**index["shards"][0], "format": "mds"}]}, "damaged .format 'mds', not 'saisa-tar'"),
-        ("index.json", {"shards": None}, "its listings are damaged"),
+        ("manifest.json", {"shards": [{**other, "sidecar_sha256": None}]}, "a checksum is missing"),
+        ("manifest.json", {"shards": [{**other, "bytes": "7"}]}, "shards.0.bytes: Input should be a valid integer"),
+        ("manifest.json", {"plan": None}, "a checksum is missing"),
+        (both, {"shards": several}, agree),
+        (both, {"shards": [{**first, "raw_meta": several[0]["raw_meta"]}, *several]}, "not the name of the sidecar of"),
+        (both, {"shards": [{**first, "format": "mds"}]}, "shards.0.format: Input should be 'saisa-tar'"),
+        (
+            both,
+            {"shards": [{key: first[key] for key in first if key != "size_limit"}]},
+            "0.size_limit: Field required",
+        ),
+        (both, {"shards": None}, "index.json is damaged .shards: Input should be a valid array"),
     ]:
-        before = (folder / name).read_text()
-        change(folder / name, **value)
-        with pytest.raises(ValueError, match=f"{message}.*run `make shards` again"):
+        before = {file: (folder / file).read_bytes() for file in ("manifest.json", "index.json")}
+        change(folder, name, value)
+        with pytest.raises(ValueError, match=f"{message}.*run the same `make shards` again") as caught:
             ShardSet(folder)
-        (folder / name).write_text(before)
-    (folder / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="its listings are damaged"):
-        ShardSet(folder)
+        assert "\n" not in str(caught.value)
+        for file, data in before.items():
+            (folder / file).write_bytes(data)
+    for damage in ("{", "[" * 100_000, '"a"', "\xff"):
+        (folder / "index.json").write_text(damage, encoding="latin-1")
+        with pytest.raises(ValueError, match="index.json is damaged .*; delete it and run the same"):
+            ShardSet(folder)
     (folder / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"no finished shards here \(no index.json\)"):
+    with pytest.raises(ValueError, match="is not finished, it has no index.json; run the same"):
         ShardSet(folder)
