@@ -1,15 +1,16 @@
 """The two files that list a finished shard directory, and every reader's one way to them.
 
-manifest.json   counts, the shards with their checksums, the size and SHA-256 of every other listing, and of itself
+manifest.json   counts, the shards with their checksums, SHA-256 of the other listings, and of itself
 index.json      the shards as mosaicml-streaming lists them
 
 Whatever comes from outside is checked before anything is done with it: the fields, the names of files, that no byte
 has changed since it was written, and that both list the same shards.
 
-    {"version": 2, "fingerprint": ..., ..., "manifest_sha256": "<SHA-256 of this file with 64 zeros in this place>"}
+    {"version": 2, "fingerprint": ..., ..., "own_sha256": "<SHA-256 of this file with 64 zeros in this place>"}
 
-Version 1 knew neither digests of plan.json and index.json nor its own. It is read as it was written; `make verify` says
-what to do.
+plan.json ends in the same way; it tells the dates of images, so the manifest has a digest of its identity alone.
+Version 1 had only the digests of tars and rejects.jsonl in its manifest, and none of a file in itself. It is read as
+it was written; `make verify` says what to do.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ from data_prep.shard_names import check_shard_names
 FORMAT = "saisa-tar"
 AGAIN = "run the same `make shards` again: it keeps every shard that verifies"
 DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
-OWN_DIGEST = "manifest_sha256"
-END_BYTES = len(b'"\n}\n')  # what follows the digest of the manifest itself
+UNSEALED = "its bytes differ from its own SHA-256"
+OWN_DIGEST = "own_sha256"
+END_BYTES = len(b'"\n}\n')  # what follows the digest of a file in itself
 
 
 type Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -108,14 +110,14 @@ class Manifest(Entry):
     sources: SourcesEntry
     code: CodeEntry
     num_other_extensions: Count = 0
-    plan: FileDigest | None = None
+    identity_sha256: Digest | None = None
     index: FileDigest | None = None
-    manifest_sha256: Digest | None = None
+    own_sha256: Digest | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         check_shard_names((shard.tar, shard.sidecar) for shard in self.shards)
-        digests = [self.plan, self.index, self.manifest_sha256, *(shard.sidecar_sha256 for shard in self.shards)]
+        digests = [self.identity_sha256, self.index, self.own_sha256, *(shard.sidecar_sha256 for shard in self.shards)]
         if self.version > 1 and None in digests:
             raise ValueError("a checksum is missing")
         return self
@@ -209,8 +211,8 @@ def _inspect_manifest(folder: Location) -> tuple[Manifest, str]:
     """Returns the manifest and, if it is not as it was written, what shows it."""
     data = read_listing(folder, "manifest.json")
     manifest = _parse(Manifest, folder / "manifest.json", data)
-    if manifest.version > 1 and own_digest(data) != manifest.manifest_sha256:
-        return manifest, "its bytes differ from its own SHA-256"
+    if manifest.version > 1 and not is_sealed(data):
+        return manifest, UNSEALED
     same = manifest.fingerprint == fingerprint(shard.sha256 for shard in manifest.shards)
     return manifest, "" if same else "its fingerprint is not that of its shards"
 
@@ -261,17 +263,25 @@ def file_digest(data: bytes) -> FileDigest:
     return FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def own_digest(data: bytes) -> str:
-    """Returns the SHA-256 of a manifest with zeros in the place of that digest, which ends the file."""
+def identity_digest(identity: dict[str, Any]) -> str:
+    """Returns how a manifest tells what its shards were made from: the SHA-256 of the identity in plan.json."""
+    return hashlib.sha256(pretty(identity)).hexdigest()
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Returns the bytes of a listing that end with their own digest."""
+    content = {key: value for key, value in content.items() if key != OWN_DIGEST}
+    return pretty(content | {OWN_DIGEST: _own_digest(pretty(content | {OWN_DIGEST: "0" * 64}))})
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether every byte of a listing is as `seal` made it."""
+    return data[-64 - END_BYTES : -END_BYTES] == _own_digest(data).encode()
+
+
+def _own_digest(data: bytes) -> str:
     blank = data[: -64 - END_BYTES] + b"0" * 64 + data[-END_BYTES:]
     return hashlib.sha256(blank).hexdigest()
-
-
-def seal(manifest: dict[str, Any]) -> bytes:
-    """Returns the bytes of manifest.json, which end with their own digest."""
-    content = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
-    blank = pretty(content | {OWN_DIGEST: "0" * 64})
-    return pretty(content | {OWN_DIGEST: own_digest(blank)})
 
 
 def pretty(value: dict[str, Any]) -> bytes:

@@ -11,7 +11,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from common.files import Location, file_sizes, read_whole, remove, remove_parts, write_whole
-from data_prep.listings import FORMAT, FileDigest, file_digest, fingerprint, pretty, read_listings, read_manifest, seal
+from data_prep.listings import (
+    FORMAT,
+    OWN_DIGEST,
+    UNSEALED,
+    FileDigest,
+    file_digest,
+    fingerprint,
+    identity_digest,
+    is_sealed,
+    read_listings,
+    read_manifest,
+    seal,
+)
 from data_prep.plan import Scan, differences
 from data_prep.records import Reject, json_bytes
 from data_prep.shard_task import ShardSummary
@@ -48,22 +60,33 @@ def prepare(folder: Location, plan: dict) -> bool:
 
 
 def _read_plan(folder: Location, plan: dict) -> dict | None:
-    """Returns the plan in a folder; one that was lost or damaged is `plan` itself if the manifest says so."""
+    """Returns the plan in a folder, None where there is none.
+
+    One that is lost or damaged is `plan` itself if the manifest says that these shards were made from the same; the
+    dates of their images are then taken to be the same too, for nothing else tells them.
+    """
     data = _bytes_of(folder / "plan.json")
-    if data == pretty(plan) or _was_finished_by(folder, plan):
-        return plan
-    if data is None:
-        return None
     try:
-        before = json.loads(data)
-        return {"identity": {**before["identity"]}, "modified_sha256": before["modified_sha256"]}
+        if data:
+            return _parse_plan(data)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'plan.json'} is damaged ({error}); use another --out or delete this one") from None
+        if not _was_finished(folder, plan):
+            wrong = f"{folder / 'plan.json'} is damaged ({error}); use another --out or delete this one"
+            raise ValueError(wrong) from None
+    return plan if _was_finished(folder, plan) else None
 
 
-def _was_finished_by(folder: Location, plan: dict) -> bool:
+def _parse_plan(data: bytes) -> dict:
+    """Returns what a plan.json holds; that of version 1 has no digest of its own."""
+    plan = json.loads(data)
+    if (OWN_DIGEST in plan or "identity" not in plan) and not is_sealed(data):
+        raise ValueError(UNSEALED)
+    return {"identity": {**plan["identity"]}, "modified_sha256": plan["modified_sha256"]}
+
+
+def _was_finished(folder: Location, plan: dict) -> bool:
     try:
-        return read_manifest(folder).plan == file_digest(pretty(plan))
+        return read_manifest(folder).identity_sha256 == identity_digest(plan["identity"])
     except ValueError:
         return False
 
@@ -77,8 +100,8 @@ def _bytes_of(file: Location) -> bytes | None:
 
 def write_plan(folder: Location, plan: dict) -> None:
     """Enters what the folder is made from, unless it is there."""
-    if _bytes_of(folder / "plan.json") != pretty(plan):
-        write_whole(folder / "plan.json", pretty(plan))
+    if _bytes_of(folder / "plan.json") != seal(plan):
+        write_whole(folder / "plan.json", seal(plan))
 
 
 def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
@@ -86,7 +109,7 @@ def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
 
     Work remains too where a listing is damaged, or of a version that has no checksums of listings.
     """
-    if _bytes_of(folder / "plan.json") != pretty(plan):
+    if _bytes_of(folder / "plan.json") != seal(plan):
         return None
     try:
         manifest, index = read_listings(folder)
@@ -97,7 +120,8 @@ def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
     whole = all(present.get(file.basename) == file.bytes for file in files)
     others = {name for shard in manifest.shards for name in (shard.tar, shard.sidecar)}  # index.json lacks some
     whole = whole and present.keys() >= others and present.get("rejects.jsonl") == manifest.rejects.bytes
-    return manifest.model_dump(exclude_unset=True) if whole and manifest.plan == file_digest(pretty(plan)) else None
+    whole = whole and manifest.identity_sha256 == identity_digest(plan["identity"])
+    return manifest.model_dump(exclude_unset=True) if whole else None
 
 
 def finalize(folder: Location, plan: dict, summaries: Sequence[ShardSummary], scan: Scan, origin: dict) -> dict:
@@ -116,7 +140,7 @@ def finalize(folder: Location, plan: dict, summaries: Sequence[ShardSummary], sc
     remove_parts(folder)
     manifest = build_manifest(summaries, scan.num_rows, len(rejects)) | {
         "rejects": write_rejects(folder, rejects, origin["sources"]["data"]["name"]).model_dump(),
-        "plan": file_digest(pretty(plan)).model_dump(),
+        "identity_sha256": identity_digest(plan["identity"]),
         "index": file_digest(index).model_dump(),
         "num_other_extensions": scan.num_other_extensions,
         **origin,

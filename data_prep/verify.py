@@ -7,6 +7,7 @@
 What is named is repaired by deleting it and running the same `make shards` again, which keeps all that verifies.
 """
 
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,16 @@ from rich.console import Console
 
 from common.console import UsageError, build_console, run
 from common.files import Location, file_sizes, open_location, read_whole
-from data_prep.listings import DIFFERS, Listings, Manifest, file_digest, inspect_listings
+from data_prep.listings import (
+    DIFFERS,
+    UNSEALED,
+    Listings,
+    Manifest,
+    file_digest,
+    identity_digest,
+    inspect_listings,
+    is_sealed,
+)
 from data_prep.output import build_index, build_manifest, reject_line
 from data_prep.reporting import build_task_progress
 from data_prep.runner import ray_session, run_tasks
@@ -75,12 +85,14 @@ def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str])
     if manifest.version == 1:
         yield Problem("manifest.json", OLD)
     try:
-        plan = file_digest(read_whole(folder / "plan.json"))
+        data = read_whole(folder / "plan.json")
     except FileNotFoundError:
         yield Problem("plan.json", MISSING)
         return
-    if manifest.plan not in (None, plan) and "manifest.json" not in damage:
-        yield Problem("plan.json", DIFFERS)
+    if manifest.version > 1 and not is_sealed(data):
+        yield Problem("plan.json", UNSEALED)
+    elif manifest.identity_sha256 not in (None, identity_digest(json.loads(data)["identity"])):
+        yield Problem("plan.json", "is not that of these shards")
 
 
 def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:

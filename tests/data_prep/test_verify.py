@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 DAMAGED = "bytes differ from the checksum"
 DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
 OWN = "manifest.json: its bytes differ from its own SHA-256"
+PLAN_DIFFERS = OWN.replace("manifest", "plan")
 
 
 class Shards:
@@ -290,8 +291,7 @@ def resealed(change: Callable[[Shards], list[str]]) -> Callable[[Shards], list[s
     def damage(shards: Shards) -> list[str]:
         lines = change(shards)
         manifest = json.loads((shards.out / "manifest.json").read_text())
-        for name in ("index", "plan"):
-            manifest[name] = file_digest((shards.out / f"{name}.json").read_bytes()).model_dump()
+        manifest["index"] = file_digest((shards.out / "index.json").read_bytes()).model_dump()
         (shards.out / "manifest.json").write_bytes(seal(manifest))
         return [line for line in lines if line != OWN and not line.endswith(DIFFERS)]
 
@@ -307,7 +307,14 @@ REJECTS_DIFFER = f"rejects.jsonl: {DIFFERS}"
 
 def damaged_plan(shards: Shards) -> list[str]:
     (shards.out / "plan.json").write_text("{")
-    return [f"plan.json: {DIFFERS}"]
+    return [PLAN_DIFFERS]
+
+
+def other_plan(shards: Shards) -> list[str]:
+    """It is whole, but of another run."""
+    plan = json.loads((shards.out / "plan.json").read_text())
+    (shards.out / "plan.json").write_bytes(seal(plan | {"identity": plan["identity"] | {"seed": 7}}))
+    return ["plan.json: is not that of these shards"]
 
 
 def missing_plan(shards: Shards) -> list[str]:
@@ -389,6 +396,7 @@ def missing_rejects(shards: Shards) -> list[str]:
         resealed(edited_counts_of_rejects),
         missing_rejects,
         damaged_plan,
+        other_plan,
         missing_plan,
         damaged_plan_and_index,
     ],
@@ -520,12 +528,13 @@ def test_readers_refuse_or_never_read_a_damaged_listing(shards: Shards, name: st
             assert len(read_listings(shards.out).index.shards) > 1
 
 
-def test_a_flipped_space_in_a_listing_fails_the_command_and_the_advice_repairs_it(shards: Shards, capsys) -> None:
+def test_another_space_in_a_listing_fails_the_command_and_the_advice_repairs_it(shards: Shards, capsys) -> None:
     before = contents(shards.out)
     for name in ("manifest.json", "plan.json"):
-        flip(shards.out / name, before[name].index(b" "))
-    replace(shards.out / "plan.json", "!", " ")
-    replace(shards.out / "manifest.json", "!", "\t")
+        replace(shards.out / name, "\n ", "\n\t")
+    lines, error = problems(shards.out, capsys)
+    assert lines == [OWN, PLAN_DIFFERS] and "2 problems, 0 of" in error
+    (shards.out / "plan.json").write_bytes(before["plan.json"])
     lines, error = problems(shards.out, capsys)
     assert lines == [OWN] and "1 problem, 0 of" in error
     check_advice(shards, before, lines)
@@ -535,11 +544,14 @@ def test_shards_without_checksums_of_listings_are_read_and_made_anew_by_the_advi
     """Version 1, as it was written before: one line says what to do, and no shard is written again."""
     before = contents(shards.out)
     manifest = json.loads(before["manifest.json"]) | {"version": 1}
-    for name in ("plan", "index", "manifest_sha256"):
+    for name in ("identity_sha256", "index", "own_sha256"):
         del manifest[name]
     for shard in manifest["shards"]:
         del shard["sidecar_sha256"]
     (shards.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    plan = json.loads(before["plan.json"])
+    del plan["own_sha256"]
+    (shards.out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     assert read_listings(shards.out).manifest.fingerprint == manifest["fingerprint"]
     lines, _ = problems(shards.out, capsys)
     assert lines == [f"manifest.json: {verify.OLD}"]

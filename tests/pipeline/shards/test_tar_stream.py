@@ -91,7 +91,7 @@ def test_listings_must_agree(shard_folder, tmp_path):
         ("manifest.json", {"shards": [*manifest["shards"], refused]}, "shard-000000.tar is listed twice"),
         ("manifest.json", {"shards": [{**other, "sidecar_sha256": None}]}, "a checksum is missing"),
         ("manifest.json", {"shards": [{**other, "bytes": "7"}]}, "shards.0.bytes: Input should be a valid integer"),
-        ("manifest.json", {"plan": None}, "a checksum is missing"),
+        ("manifest.json", {"identity_sha256": None}, "a checksum is missing"),
         (both, {"shards": several}, agree),
         (both, {"shards": [{**first, "raw_meta": several[0]["raw_meta"]}, *several]}, "not the name of the sidecar of"),
         (both, {"shards": [{**first, "format": "mds"}]}, "shards.0.format: Input should be 'saisa-tar'"),
