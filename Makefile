@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-gpu soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-energon clean
+.PHONY: help setup demo test test-gpu bench-gpu soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -132,6 +132,19 @@ test-hf: setup ## exported folders load, answer and save on transformers 4.57 an
 	    -p no:cacheprovider -c /dev/null --rootdir=. check_*.py) || exit 1; \
 	done
 
+test-lmms: setup ## lmms-eval, unmodified, scores an exported folder on a local task, in an environment of its own
+	@test -x .envs/lmms/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/lmms
+	@$(PYTHON) -m uv pip install -q --python .envs/lmms -r tests/lmms_compat/requirements.txt
+	rm -rf .envs/lmms_compat
+	$(PYTHON) -m tests.lmms_compat.make_task .envs/lmms_compat
+	@for n in 1 4; do \
+	  (cd .envs/lmms_compat && env -u PYTHONPATH HF_HOME=$$PWD/home HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 CUDA_VISIBLE_DEVICES= \
+	    ../lmms/bin/python -m lmms_eval --model huggingface --batch_size $$n --tasks saisa_local --include_path $$PWD/task \
+	    --model_args pretrained=$$PWD/export,device=cpu,device_map=cpu,trust_remote_code=True \
+	    --log_samples --output_path $$PWD/batch-size-$$n) || exit 1; \
+	  $(PYTHON) -m tests.lmms_compat.check_answers .envs/lmms_compat/expected.json .envs/lmms_compat/batch-size-$$n || exit 1; \
+	done
+
 test-energon: setup ## megatron-energon prepares and reads the shards, in an environment of its own
 	@test -x .envs/energon/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/energon
 	@$(PYTHON) -m uv pip install -q --python .envs/energon -r tests/energon_compat/requirements.txt
@@ -139,5 +152,5 @@ test-energon: setup ## megatron-energon prepares and reads the shards, in an env
 	$(PYTHON) -m tests.energon_compat.make_shards .envs/energon_compat
 	.envs/energon/bin/python tests/energon_compat/read_shards.py .envs/energon_compat/shards
 
-clean: ## remove caches and the environments of test-hf and test-energon; runs and .venv stay
+clean: ## remove caches and the environments of test-hf, test-lmms and test-energon; runs and .venv stay
 	rm -rf .pytest_cache .ruff_cache .envs

@@ -45,7 +45,9 @@ def random_projectors(config: SaisaConfig, seed: int = 0) -> Iterator[tuple[str,
             yield name, torch.randn(shape, generator=generator) * 0.3
 
 
-def make_export(work: Path, out: Path, llm: str, vision: str, projector: str) -> SaisaConfig:
+def make_export(
+    work: Path, out: Path, llm: str, vision: str, projector: str, dtype: torch.dtype | None = None
+) -> SaisaConfig:
     """Returns the configuration of an export, made of a base as training would make it, but with random projectors."""
     save_llm(work / "llm", llm)
     save_vision(work / "vision", vision)
@@ -53,7 +55,9 @@ def make_export(work: Path, out: Path, llm: str, vision: str, projector: str) ->
     config = compose_base(work / "llm", work / "vision", work / "base", chat_template=words, projector_type=projector)
     processor = SaisaProcessor.from_pretrained(work / "base")
     tensors = [*read_checkpoint(work / "base"), *random_projectors(config)]
-    write_hf_folder(out, config, tensors, processor.tokenizer, processor.image_processor, words, max_shard_bytes=60_000)
+    write_hf_folder(
+        out, config, tensors, processor.tokenizer, processor.image_processor, words, dtype=dtype, max_shard_bytes=60_000
+    )
     return config
 
 
