@@ -60,7 +60,7 @@ def write_hf_folder(
         image_processor: a `SaisaImageProcessor`.
         chat_template: Jinja template that writes prompts as training does.
         is_base: without projectors.
-        stop_token: token that ends an answer besides the tokenizer's EOS, such as `<|eot_id|>`.
+        stop_token: token that ends an answer besides the tokenizer's EOS, such as `<|eot_id|>`; the EOS of an export.
         dtype: to store weights in; None keeps each tensor's own.
         max_shard_bytes: bytes held in memory before a file is written.
 
@@ -75,6 +75,10 @@ def write_hf_folder(
     try:
         stored_dtype = _write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
         _write_config(part, config, tokenizer, stop_token, stored_dtype)
+        if stop_token is not None and not is_base:
+            # lmms-eval, among others, stops at the tokenizer's EOS and nothing else.
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.eos_token = stop_token
         _write_processor(part, SaisaProcessor(image_processor, tokenizer, config.num_image_tokens, chat_template))
         for file in sorted(CODE.glob("*_saisa.py")):
             shutil.copyfile(file, part / file.name)

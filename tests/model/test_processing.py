@@ -10,15 +10,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import write_hf_folder
 from model.hf_source import read_checkpoint
+from model.import_hf import compose_base
 from pipeline.data.templates import TEMPLATES, chat_template
-from tests.hf_compat.make_folder import make_export, make_large_vocabulary
+from tests.hf_compat.make_folder import make_export, make_large_vocabulary, random_projectors
+from tests.hf_compat.tiny import save_llm, save_vision
 
 TEXTS = ["USER: How many shapes are there? ASSISTANT:", "USER: Why?", "The"]
 QUESTION = {"type": "text", "text": "What is on the left?"}
@@ -139,6 +141,24 @@ def test_a_folder_made_from_an_older_base_pads_left_too(folder: Path, tmp_path: 
     config, tensors = SaisaConfig.from_pretrained(folder), read_checkpoint(folder)
     write_hf_folder(tmp_path / "export", config, tensors, processor.tokenizer, processor.image_processor)
     assert AutoTokenizer.from_pretrained(tmp_path / "export").padding_side == "left"
+
+
+def test_an_export_says_where_its_answers_end(tmp_path: Path) -> None:
+    """By the tokenizer's EOS too: lmms-eval stops there only. A base keeps the EOS that training knows."""
+    save_llm(tmp_path / "llm", "llama_3")
+    save_vision(tmp_path / "vision", "clip")
+    compose_base(tmp_path / "llm", tmp_path / "vision", tmp_path / "base", stop_token="<|eot_id|>")
+    base = SaisaProcessor.from_pretrained(tmp_path / "base")
+    assert base.tokenizer.eos_token == "<|end|>"
+    config, parts = SaisaConfig.from_pretrained(tmp_path / "base"), (base.tokenizer, base.image_processor)
+    tensors = [*read_checkpoint(tmp_path / "base"), *random_projectors(config)]
+    write_hf_folder(tmp_path / "export", config, tensors, *parts, stop_token="<|eot_id|>")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer.eos_token == "<|eot_id|>" and base.tokenizer.eos_token == "<|end|>"
+    text = "<|begin|>a<|eot_id|><|end|>"
+    assert tokenizer(text).input_ids == base.tokenizer(text).input_ids
+    ends = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id
+    assert ends == sorted(base.tokenizer.convert_tokens_to_ids(["<|end|>", "<|eot_id|>"]))
 
 
 def test_a_large_vocabulary_brings_no_false_advice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
