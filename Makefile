@@ -52,8 +52,8 @@ lint: setup ## ruff and pyright
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 
-shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS=n]: LLaVA rows and images to WebDataset tars, on Ray
-	$(call need,DATA IMAGES OUT)
+shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS=n]: rows (JSON, or Parquet with the images inside) to WebDataset tars, on Ray
+	$(call need,DATA OUT)
 	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach place,$(IMAGES),--images $(place)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 verify: setup ## OUT=dir-or-url [WORKERS=n]: re-read every byte of a shard directory and name what is damaged

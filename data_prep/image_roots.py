@@ -32,7 +32,8 @@ class ImageEntry(NamedTuple):
     """An image that was found: all a worker needs to read it.
 
     `path` is what the row says, `file` the file or URL that holds the bytes. `version` is another one when the file has
-    been written again. `found_as` is the path it was found at, where that has another extension.
+    been written again. `found_as` is the path it was found at, where that has another extension, and `offset` where it
+    begins in a file that holds others too.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ImageEntry(NamedTuple):
     version: int
     slot: ZipSlot | None = None
     found_as: str | None = None
+    offset: int | None = None
 
 
 class FolderImages:
@@ -164,6 +166,8 @@ def read_image(entry: ImageEntry) -> bytes:
     """
     if entry.slot:
         data = read_member(entry.file, entry.path, entry.slot)
+    elif entry.offset is not None:
+        data = read_range(entry.file, entry.offset, entry.num_bytes)
     else:  # a byte more than it had, to see that it has not grown; S3 would be asked for the size of a whole file first
         data = read_range(entry.file, 0, entry.num_bytes + 1 if entry.num_bytes else None)
     if len(data) != entry.num_bytes:

@@ -1,7 +1,7 @@
 """What a sharding run tells its user: progress, one line for each kind of problem, and what was done."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -25,6 +25,7 @@ class RejectLog:
     num_rows: int
     max_bad_fraction: float
     console: Console
+    place: Callable[[int], str] = "index {}".format
     rejects: list[Reject] = field(default_factory=list)
 
     def add(self, rejects: Iterable[Reject]) -> None:
@@ -49,7 +50,7 @@ class RejectLog:
     def describe(self, reject: Reject) -> str:
         """Returns one line that names the row and what is wrong with it."""
         file = f" ({reject.file})" if reject.file else ""
-        return f"{self.source} record {reject.id} (index {reject.index}): {reject.reason}{file}"
+        return f"{self.source} record {reject.id} ({self.place(reject.index)}): {reject.reason}{file}"
 
     def show_table(self) -> None:
         """Prints the reasons and how often each was met, if any was."""

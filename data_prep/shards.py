@@ -10,6 +10,7 @@ the same command; what is there already is verified, not trusted.
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -36,13 +37,15 @@ MAX_SHARDS = 1_000_000
 
 
 def main(
-    data: Annotated[str, typer.Option(help="LLaVA rows: a .json array or .jsonl, here or at a URL")],
-    images: Annotated[
-        list[str], typer.Option(help="folder, zip or URL of the images; name=location for paths name/...")
+    data: Annotated[
+        str, typer.Option(help="rows: .json array, .jsonl, .parquet, or a folder of .parquet or .arrow; or a URL")
     ],
     out: Annotated[
         str, typer.Option(help="the shard directory to write: a folder or a URL such as s3://bucket/shards")
     ],
+    images: Annotated[
+        list[str] | None, typer.Option(help="folder, zip or URL of the images; name=location for paths name/...")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="shards at a time; default: every CPU")] = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster: auto, ray://host:10001; default: local")] = None,
     shard_bytes: Annotated[str, typer.Option(help="size to fill a shard to: 256MB, 1GiB or a number")] = "256MB",
@@ -61,10 +64,10 @@ def main(
         raise UsageError(f"--max-bad-fraction {max_bad_fraction} must lie between 0 and 1")
     settings = Settings(parse_bytes(shard_bytes), seed, shuffle, check, resize_longest, deduplicate)
     if dry_run:
-        show_plan(data, images, settings, max_bad_fraction)
+        show_plan(data, images or (), settings, max_bad_fraction)
     else:
         try:
-            make_shards(data, images, out, settings, workers, address, max_bad_fraction)
+            make_shards(data, images or (), out, settings, workers, address, max_bad_fraction)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             raise
@@ -88,8 +91,8 @@ def show_plan(
 ) -> Plan:
     """Returns the plan that a run would follow, and shows what it would refuse before it reads an image."""
     console = build_console(stderr=True)
-    with open_source(data, images, settings, console) as source:
-        reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
+    with open_source(data, images, settings, console, keep_images=False) as source:
+        reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console, source.place)
         try:
             reject_log.add(source.scan.rejects)
         finally:
@@ -122,8 +125,9 @@ def make_shards(
         if manifest := output.finished(folder, plan):
             console.print(f"{folder} is complete and was made from this input: nothing to do")
             return manifest
+        check_spool(source, address)
         with locked(folder):
-            reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console)
+            reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console, source.place)
             recheck = output.prepare(folder, plan)
             summaries = _write_all(source, folder, settings, recheck, reject_log, workers, address)
             output.write_plan(folder, plan)
@@ -133,6 +137,16 @@ def make_shards(
     text = summary_text(manifest, num_kept, time.monotonic() - started, folder)
     console.print(text)
     return manifest
+
+
+def check_spool(source: Source, address: str | None) -> None:
+    """Makes sure that other machines may see images that came inside the rows.
+
+    Raises:
+        UsageError: They lie where only this machine looks.
+    """
+    if address and source.tables and "TMPDIR" not in os.environ:
+        raise UsageError(f"--address with images inside {source.name}: set TMPDIR to a folder that every machine sees")
 
 
 def _write_all(
@@ -171,7 +185,7 @@ def build_tasks(source: Source, folder: Location, settings: Settings, plan: Plan
                 row = plan.order[position]
                 file.seek(scan.offsets[row])
                 text = file.read(scan.row_bytes[row])
-                found = [source.images.find(path) for path in check_row(json.loads(text))]
+                found = [source.find(scan.indices[row], path) for path in check_row(json.loads(text))]
                 entries = tuple(entry for entry in found if entry)
                 if len(entries) < len(found):
                     raise ValueError(f"{source.name}: an image of row {scan.indices[row]} vanished during the run")

@@ -1,54 +1,83 @@
 """The input of a sharding run: its rows, read once and checked, and its images, found but not read."""
 
 import hashlib
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from common.files import local_copy, open_location
-from data_prep.image_roots import ImageRoots, open_images
+from common.files import Location, local_copy, open_location
+from data_prep.image_roots import ImageEntry, ImageRoots, open_images
 from data_prep.json_rows import Row, read_rows
 from data_prep.plan import Scan, Settings, scan_rows
 from data_prep.reporting import build_task_progress
+from data_prep.tables import Spool, Table, find_tables, read_table
 
 
 @dataclass(frozen=True)
 class Source:
-    """Scanned input: the rows, here as a local file whatever `name` they have, and the images they mean."""
+    """Scanned input: the rows, here as a local file whatever `name` they have, and the images they mean.
+
+    `find` returns the image of a row, by the row's index and the path in it; `tables` are the files that rows with
+    images inside came from.
+    """
 
     name: str
     rows: Path
-    images: ImageRoots
+    find: Callable[[int, str], ImageEntry | None]
     scan: Scan
     description: dict
+    tables: tuple[Table, ...] = ()
+
+    def place(self, index: int) -> str:
+        """Returns the words for where a row stands."""
+        if len(self.tables) < 2:
+            return f"index {index}"
+        table = self.tables[bisect_right([table.first_row for table in self.tables], index) - 1]
+        return f"index {index}, row {index - table.first_row} of {table.name}"
 
 
 @contextmanager
 def open_source(
-    data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, console: Console
+    data: str | Path,
+    images: str | Path | Sequence[str | Path],
+    settings: Settings,
+    console: Console,
+    keep_images: bool = True,
 ) -> Iterator[Source]:
     """Yields the input with every row checked and every image found.
+
+    Without `keep_images`, images inside the rows are found and weighed, but cannot be read afterwards.
 
     Raises:
         ValueError: The rows are no list of rows, or a root of the images is not there.
     """
     locations = [str(location) for location in ([images] if isinstance(images, str | Path) else images)]
-    location, roots = open_location(data), open_images(locations)
-    with local_copy(location) as rows:
+    location = open_location(data)
+    with ExitStack() as held:
+        if tables := find_tables(location):
+            roots = open_images(locations) if locations else ImageRoots([])
+            spool = Spool(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="saisa-"))), keep_images)
+            held.enter_context(closing(spool))
+            yield scan_tables(tables, location, spool, roots, settings, console, locations)
+            return
+        roots = open_images(locations)
+        rows = held.enter_context(local_copy(location))
         scan = scan_source(rows, location, roots, settings, console)
-        description = {
-            "data": {"name": location.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)},
-            "images": {
-                "names": [name.rstrip("/").rsplit("/", 1)[-1] for name in locations],
-                "sha256": scan.images_sha256,
-                "hashed": "paths and sizes, in row order",
-            },
-        }
-        yield Source(location.name, rows, roots, scan, description)
+        told = {"name": location.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)}
+        yield Source(location.name, rows, lambda _, path: roots.find(path), scan, describe(told, locations, scan))
+
+
+def describe(data: dict, locations: Sequence[str], scan: Scan) -> dict:
+    """Returns what the manifest tells of the input."""
+    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in locations]
+    images = {"names": names, "sha256": scan.images_sha256, "hashed": "paths and sizes, in row order"}
+    return {"data": data, "images": images}
 
 
 def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:
@@ -66,6 +95,44 @@ def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings
             progress.update(bar, completed=total)
 
         return scan_rows(watched(), images.find, settings.deduplicate)
+
+
+def scan_tables(
+    files: Sequence[Location],
+    location: Location,
+    spool: Spool,
+    roots: ImageRoots,
+    settings: Settings,
+    console: Console,
+    locations: Sequence[str],
+) -> Source:
+    """Returns the checked rows of Parquet or Arrow files, with their images in a spool, showing how far it has got.
+
+    Raises:
+        ValueError: A file is damaged, or there is no row.
+    """
+    tables = []
+    with build_task_progress(console) as progress:
+        bar = progress.add_task("scan ", total=len(files), note="")
+
+        def watched() -> Iterator[Row]:
+            for file in files:
+                with local_copy(file) as copy:
+                    tables.append(Table(file.name, copy.stat().st_size, _sha256(copy), len(spool)))
+                    yield from map(spool.add, read_table(copy, file))
+                progress.update(bar, advance=1, note=f"{len(spool):,} rows of {len(tables):,} files")
+
+        def find(index: int, path: str) -> ImageEntry | None:
+            return spool.find(index, path) or roots.find(path)
+
+        scan = scan_rows(watched(), lambda path: find(len(spool) - 1, path), settings.deduplicate)
+    if not len(spool):
+        raise ValueError(f"{location} holds no rows; it must hold at least one")
+    spool.flush()
+    digest = hashlib.sha256("\n".join(table.sha256 for table in tables).encode()).hexdigest()
+    data = {"name": location.name, "bytes": sum(table.bytes for table in tables), "sha256": digest}
+    data["files"] = [table._asdict() for table in tables]
+    return Source(location.name, spool.rows, find, scan, describe(data, locations, scan), tuple(tables))
 
 
 def _sha256(path: Path) -> str:
