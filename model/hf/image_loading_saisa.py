@@ -26,6 +26,8 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 FORMS = "a file, a URL (http, https, file, data), base64 text, bytes, an array, a tensor or a Pillow image"
 TIMEOUT_SECONDS = 60
+# Formats of Pillow that run Ghostscript (EPS), open what they hold as any format, or are recognised and not decoded.
+EXCLUDED_FORMATS = {"EPS", "FITS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def load_image(source: Any, input_data_format: str | None = None) -> Image.Image:
@@ -48,9 +50,9 @@ def load_image(source: Any, input_data_format: str | None = None) -> Image.Image
     if isinstance(source, np.ndarray):
         return _from_array(source, input_data_format)
     if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
+        return _open(io.BytesIO(source))
     if isinstance(source, os.PathLike):
-        return Image.open(Path(source))
+        return _open(Path(source))
     if isinstance(source, str):
         return _from_text(source)
     raise TypeError(f"an image is of type {type(source).__name__}; give {FORMS}")
@@ -65,18 +67,23 @@ def list_images(images: Any) -> list[Any]:
     return [images]
 
 
+def _open(file: Any) -> Image.Image:
+    Image.init()
+    return Image.open(file, formats=[name for name in Image.ID if name not in EXCLUDED_FORMATS])
+
+
 def _from_text(text: str) -> Image.Image:
     shown = text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
     if text.startswith(URL_SCHEMES):
         try:
             with urllib.request.urlopen(text, timeout=TIMEOUT_SECONDS) as response:
-                return Image.open(io.BytesIO(response.read()))
+                return _open(io.BytesIO(response.read()))
         except (OSError, ValueError) as error:
             raise ValueError(f"{shown}: no image there ({error})") from None
     if os.path.isfile(text):
-        return Image.open(text)
+        return _open(text)
     try:
-        return Image.open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
+        return _open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
     except (OSError, ValueError):
         raise ValueError(f"{shown!r}: no such file, and not the base64 text of an image; give {FORMS}") from None
 

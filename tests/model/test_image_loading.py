@@ -158,6 +158,18 @@ def test_nested_lists_become_one() -> None:
     assert [tuple(image.shape) for image in list_images([batch, batch[0]])] == [(3, 4, 4)] * 3
 
 
+def test_what_would_run_a_program_is_no_image(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "eps")
+    assert Image.open(buffer).format == "EPS", "which Pillow decodes with Ghostscript"
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    text = base64.b64encode(buffer.getvalue()).decode()
+    data_url = f"data:image/png;base64,{text}"
+    for source in (buffer.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png"), text, data_url):
+        with pytest.raises((OSError, ValueError), match="cannot identify|no image there|not the base64 text of an"):
+            load_image(source)
+
+
 def test_bytes_of_other_formats_are_read() -> None:
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "webp", lossless=True)
