@@ -97,6 +97,7 @@ submit: setup ## JOB=pretrain|finetune [CONFIG=x.yaml] [ADDRESS=http://head:8265
 	$(call need,JOB)
 	@host=$(ADDRESS); host=$${host#*://}; (exec 3<>/dev/tcp/$${host%%:*}/$${host##*:}) 2> /dev/null || \
 	  { echo "error: no Ray cluster answers at ADDRESS=$(ADDRESS); name yours, or start one: .venv/bin/ray start --head" >&2; exit 1; }
+	@$(PYTHON) -m orchestration.submit_check
 	$(AUTH) $(PYTHON) -m ray.scripts.scripts job submit --address $(ADDRESS) --working-dir . \
 	  --runtime-env-json '$(JOB_ENV)' -- \
 	  $(JOB_PYTHON) -m orchestration.ray_train --config $(or $(CONFIG),$(JOB_CONFIG_$(JOB)),$(error JOB=$(JOB) is unknown; use pretrain or finetune, or give CONFIG=)) --root $(CURDIR) \

@@ -6,7 +6,7 @@ is simply run again.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -15,9 +15,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from common.console import UsageError
+
 MAX_RETRIES = 5  # of a task whose worker, machine or file system failed
 OBJECT_STORE_BYTES_PER_WORKER = 32 << 20  # rows travel through it; images do not
 MIN_OBJECT_STORE_BYTES = 128 << 20
+SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+MAX_TEMPORARY_BYTES = 107 - len(SOCKET)  # Source: unix(7), sun_path without its final zero
 
 
 @contextmanager
@@ -45,7 +49,22 @@ def ray_session(address: str | None, workers: int | None) -> Iterator[int]:
             ray.shutdown()
 
 
+def check_temporary_folder(environment: Mapping[str, str]) -> None:
+    """Makes sure that the sockets which Ray makes in the temporary folder have names that Linux takes.
+
+    Raises:
+        UsageError: The folder's name is too long.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in environment), None)
+    if name and (num_bytes := len(os.fsencode(environment[name]))) > MAX_TEMPORARY_BYTES:
+        raise UsageError(
+            f"{name}={environment[name]} has {num_bytes} bytes, and Ray's sockets in it take {MAX_TEMPORARY_BYTES} at "
+            "most; set RAY_TMPDIR to a folder with a short name, such as RAY_TMPDIR=/tmp (TMPDIR may stay as it is)"
+        )
+
+
 def _start(workers: int) -> None:
+    check_temporary_folder(os.environ)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(

@@ -7,11 +7,14 @@ import resource
 import signal
 import subprocess
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from ray._private.utils import validate_socket_filepath
 
+from common.console import UsageError
 from common.files import locked, open_location, whole_file, write_whole
 from data_prep import runner
 from data_prep.plan import Settings
@@ -150,6 +153,20 @@ def test_a_late_ray_is_told_and_is_no_result(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(UserWarning) as told, pytest.raises(AssertionError, match=f"Ray was late {MOST_STARTS} times"):
         until_ray_starts(lambda: check_ray(f"error: {late.value}\n"))
     assert len(told) == MOST_STARTS
+
+
+def test_a_temporary_folder_with_a_long_name_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """Ray's own check is the judge: it takes the longest folder that we take, and none that is longer."""
+    socket = f"/ray/session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{2**22}/sockets/plasma_store"
+    short, long = ("/" + "t" * (runner.MAX_TEMPORARY_BYTES - 1 + more) for more in (0, 1))
+    validate_socket_filepath(short + socket)
+    with pytest.raises(OSError, match="AF_UNIX path length"):
+        validate_socket_filepath(long + socket)
+    for accepted in ({}, {"TMPDIR": short}, {"TMPDIR": long, "RAY_TMPDIR": "/tmp"}):
+        runner.check_temporary_folder(accepted)
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        with pytest.raises(UsageError, match=f"^{name}={long} has 40 bytes.*; set RAY_TMPDIR to a folder with a short"):
+            runner.check_temporary_folder({name: long})
 
 
 def test_a_lock_counts_only_as_long_as_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
