@@ -24,8 +24,12 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.segment import Segment
 
+from common.write_errors import way_out
+
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal obeys; a tab and the end of a line do no harm."""
+
+TOLD_ELSEWHERE = "another process of this run says so"  # a note on an error that this one need not print
 
 
 class UsageError(ValueError):
@@ -84,14 +88,17 @@ def command[**P](function: Callable[P, None]) -> Callable[P, None]:
 def _report(error: ValueError | OSError) -> None:
     """Prints the line; of several processes (under torchrun) each says who it is.
 
-    A wrong configuration is wrong for all of a machine, so the first there says it.
+    A wrong configuration is wrong for all of a machine, so the first there says it; of an error that several have, one.
     """
+    if TOLD_ELSEWHERE in getattr(error, "__notes__", ()):
+        return
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
         who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ['RANK']})"
-        print(f"error{who}: {plain(_tell(error))}", file=sys.stderr)
+        print(f"error{who}: {plain(describe(error))}", file=sys.stderr)
 
 
-def _tell(error: ValueError | OSError) -> str:
+def describe(error: ValueError | OSError) -> str:
+    """Returns what an error says to a user, in one line."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+        return f"{error.filename}: {error.strerror}{way_out(error)}"  # without Python's "[Errno 2]"
     return str(error)

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 from upath import UPath
 from upath.implementations.cloud import AzurePath, GCSPath, S3Path
 
+from common.write_errors import os_error_in
+
 type Location = Path | UPath
 """A local path, or one in a store; both have the methods of `pathlib.Path`."""
 ATTEMPTS = 8  # at each request to S3 during a run, with longer and longer pauses: a busy store is asked again
@@ -59,7 +61,7 @@ def _open_url(url: str, attempts: int = ATTEMPTS) -> UPath:
 
 @contextmanager
 def named_errors(location: Location | str) -> Iterator[None]:
-    """Lets every `OSError` name the location that it is about, and makes one of what a store's client raises."""
+    """Lets every `OSError` name its location, and makes one of what a library or a store's client raises."""
     try:
         yield
     except OSError as error:  # "No space left on device" alone does not say where, nor does "Forbidden"
@@ -71,6 +73,8 @@ def named_errors(location: Location | str) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AssertionError):
         raise  # about what was read, not about reading it
     except Exception as error:
+        if (found := os_error_in(error)) is not None:  # a library's own
+            raise OSError(found.errno, found.strerror, str(location)) from error
         if "://" not in str(location):
             raise
         raise OSError(errno.EIO, _problem(error), str(location)) from error

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.console import run
+from common.console import describe, run
 from pipeline.config import RunConfig, load_config, resolve_paths, with_resume
 from pipeline.stop import STATUS
 
@@ -62,8 +62,9 @@ def train_on_ray(run: RunConfig, num_workers: int, cpus_per_worker: float, max_f
     try:
         is_finished = bool(trainer.fit().return_value)
     except TrainingFailedError as error:
-        causes = [cause for cause in getattr(error, "worker_failures", {}).values() if isinstance(cause, ValueError)]
-        raise ValueError(str(causes[0]) if causes else " ".join(str(error).split())) from error
+        failures = getattr(error, "worker_failures", {}).values()
+        causes = [describe(cause) for cause in failures if isinstance(cause, ValueError | OSError)]
+        raise ValueError(causes[0] if causes else " ".join(str(error).split())) from error
     return is_finished
 
 

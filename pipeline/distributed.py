@@ -3,11 +3,13 @@
 Under torchrun (or Ray) the environment says who this process is; without it, the process is a run of one.
 """
 
+import hashlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -15,12 +17,18 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from common.console import UsageError
+from common.console import TOLD_ELSEWHERE, UsageError
 from model.cpu_backend import use_cpu_as_cuda
 from model.parallel import ParallelConfig
 
 TIMEOUT_MINUTES = 30  # loading a base folder or compiling kernels on one rank must not kill the others
+STORE_TIMEOUT = timedelta(seconds=10)
+LOST = (
+    "the connection to another process of this run is lost; what that one says last, or the kernel of its machine "
+    "(out of memory?), tells why; the same command goes on from the last checkpoint"
+)
 
 
 def initialize_distributed(parallel: ParallelConfig | None = None) -> torch.device:
@@ -79,14 +87,55 @@ def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:
         try:
             box[0] = compute()
         except Exception as error:
-            kind = next((kind for kind in (UsageError, ValueError, OSError) if isinstance(error, kind)), RuntimeError)
-            failure, box[1] = error, kind(str(error))  # not every error can be sent
+            failure, box[1] = error, _sendable(error)
     torch.distributed.broadcast_object_list(box, src=0)
     if failure is not None:
         raise failure
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
+    kind = next((kind for kind in (UsageError, ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    return kind(str(error))
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Lets only one process of a run under torchrun print an error that several have, and makes one of a lost peer.
+
+    Raises:
+        OSError: The connection to another process is lost.
+    """
+    try:
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo/transport" not in str(error) and not isinstance(error, torch.distributed.DistNetworkError):
+                raise
+            raise OSError(LOST) from error
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        if not _is_first_to_tell(str(error)):
+            error.add_note(TOLD_ELSEWHERE)
+        raise
+
+
+def _is_first_to_tell(line: str) -> bool:
+    """Whether no other process has asked this of the same line; they need not be able to talk to each other."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's own store, which outlives its processes
+        return True
+    key = f"told {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {hashlib.sha256(line.encode()).hexdigest()}"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        return store.add(key, 1) == 1
+    except RuntimeError:
+        return True
 
 
 def worker_context() -> ForkServerContext:

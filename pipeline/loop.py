@@ -2,18 +2,18 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 
-from common.files import locked
+from common.files import locked, write_whole
 from common.version import code_version
 from pipeline.checkpoint.checkpoint import choose_checkpoint, restore_checkpoint, set_aside_newer, sharded_state
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config import RunConfig, to_yaml
 from pipeline.data.batches import GlobalBatch
-from pipeline.distributed import broadcast_from_rank0, initialize_distributed, shutdown_distributed
+from pipeline.distributed import broadcast_from_rank0, initialize_distributed, shutdown_distributed, told_once
 from pipeline.metrics import MetricsLog, check_log
 from pipeline.state import TrainState, build
 from pipeline.step import train_step
@@ -22,6 +22,7 @@ from pipeline.stop import STATUS, check_no_stop_file
 FEW_STEPS = 5  # what is hardly a training run
 
 
+@told_once()
 def train(config: RunConfig) -> None:
     """Runs a phase from its last checkpoint (or from its start) to its end.
 
@@ -32,7 +33,7 @@ def train(config: RunConfig) -> None:
     device = initialize_distributed(config.parallel)
     broadcast_from_rank0(lambda: check_start(config))
     state = build(config, device)
-    with owned(config.run_dir):
+    with entered_on_rank0(locked(config.run_dir)):
         restore(state)
         run_steps(state)
     torch.distributed.barrier()  # a launcher that sees one process end with a status ends the others at once
@@ -44,35 +45,35 @@ def train(config: RunConfig) -> None:
 def run_steps(state: TrainState) -> None:
     """Fetches, steps, logs and saves until the run is at its end or somebody asks it to stop."""
     config = state.config
-    with (
-        MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank()) as log,
-        state.stop,
-        checkpoint_writer(state, log) as writer,
-    ):
+    log = MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank())
+    with entered_on_rank0(log), state.stop, checkpoint_writer(state, log) as writer:
         introduce(state, log)
         for batch, wait_seconds in timed(state.source.batches(state.step)):
             for problem in batch.problems:
                 log.say(problem)
             log.step(train_step(state, batch, wait_seconds))
+            if log.failure is not None:
+                state.stop.ask()  # which all learn in the next step
             writer.poll()
             if due(state):
                 writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
             if state.is_stopping:
                 break
-        if state.step < state.source.num_steps:
+        if state.step < state.source.num_steps and log.failure is None:
             first = f"remove {state.stop.file}, then " if state.stop.by_file() else ""
             log.say(f"stopped after step {state.step}, as asked; {first}the same command goes on from there")
+    broadcast_from_rank0(log.check)
 
 
 @contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """Creates a run folder and keeps other runs out of it while the block runs.
-
-    Raises:
-        ValueError: Another run is in it.
-    """
+def entered_on_rank0(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enters a context on the first rank; all raise what keeps it from that."""
     with ExitStack() as held:
-        broadcast_from_rank0(lambda: held.enter_context(locked(run_dir)))
+
+        def enter() -> None:
+            held.enter_context(context)
+
+        broadcast_from_rank0(enter)
         yield
 
 
@@ -117,7 +118,7 @@ def checkpoint_writer(state: TrainState, log: MetricsLog) -> CheckpointWriter:
 
 def introduce(state: TrainState, log: MetricsLog) -> None:
     """Says what is about to happen and stores the resolved configuration in the run folder."""
-    broadcast_from_rank0(lambda: (state.config.run_dir / "config.yaml").write_text(to_yaml(state.config)))
+    broadcast_from_rank0(lambda: write_whole(state.config.run_dir / "config.yaml", to_yaml(state.config).encode()))
     parameters = {name: p for stage in state.stages for name, p in stage.named_parameters()}
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     here = " on this process" if state.groups.mp.size() > 1 else ""

@@ -9,6 +9,8 @@ import json
 import resource
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
@@ -20,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, Time
 from torch.utils.tensorboard import SummaryWriter
 
 from common.console import UsageError, build_console, build_progress
-from common.files import write_whole
+from common.files import named_errors, write_whole
 from pipeline.config import LogConfig
 from pipeline.data.schedule import BatchCounts
 
@@ -101,51 +103,75 @@ def check_log(config: LogConfig) -> None:
 
 
 class MetricsLog:
-    """Where the metrics of a run go; a context manager, silent on every rank but the first."""
+    """Where the metrics of a run go; a context manager, silent on every rank but the first.
+
+    What cannot be written is kept as `failure`, since the other processes are in the middle of a step: the loop stops
+    all of them at its end, and `check` raises it.
+    """
 
     def __init__(self, run_dir: Path, config: LogConfig, first_step: int, num_steps: int, is_first_rank: bool) -> None:
-        self.config, self.num_steps, self.silent = config, num_steps, not is_first_rank
-        if self.silent:
-            return
+        self.config, self.run_dir, self.silent = config, run_dir, not is_first_rank
+        self.first_step, self.num_steps = first_step, num_steps
+        self.failure: OSError | None = None
         self.console = build_console()
         columns = ["step", MofNCompleteColumn(), BarColumn(), "{task.description}"]
         columns += [TimeElapsedColumn(), "left", TimeRemainingColumn()]
         self.progress = build_progress(self.console, *columns, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("", total=num_steps, completed=first_step)
-        _drop_from(run_dir / "metrics.jsonl", first_step)
-        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1) if config.tensorboard else None
-        )
-        self.wandb = start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
-        self.peak_tflops = peak_tflops(config)
-        self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> Self:
-        if not self.silent:
-            self.progress.start()
+        if self.silent:
+            return self
+        run_dir, config = self.run_dir, self.config
+        with named_errors(run_dir / "metrics.jsonl"):
+            _drop_from(run_dir / "metrics.jsonl", self.first_step)
+            self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        with named_errors(run_dir / "tensorboard"):
+            purge = self.first_step + 1
+            self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=purge) if config.tensorboard else None
+        self.wandb = start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
+        self.peak_tflops = peak_tflops(config)
+        self.started = time.monotonic()
+        self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.silent:
             return
         self.progress.stop()
-        self.file.close()
+        with self._failures("metrics.jsonl"):
+            self.file.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with self._failures("tensorboard"):
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+    def check(self) -> None:
+        """Raises what could not be written, if anything."""
+        if self.failure is not None:
+            raise self.failure
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
+        try:
+            with named_errors(self.run_dir / name):
+                yield
+        except OSError as error:
+            self.failure = self.failure or error
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one finished step."""
         if self.silent:
             return
         values = metrics.values(self.peak_tflops)
-        self.file.write(json.dumps(values) + "\n")
+        with self._failures("metrics.jsonl"):  # what it could not write it tries again with the next
+            self.file.write(json.dumps(values) + "\n")
         if self.tensorboard:
-            for name, value in values.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(name, value, metrics.step)
+            with self._failures("tensorboard"):
+                for name, value in values.items():
+                    if name != "step":
+                        self.tensorboard.add_scalar(name, value, metrics.step)
         if self.wandb:
             self.wandb.log(values, step=metrics.step)
         told = f"loss {metrics.loss:.4f}  {metrics.samples_per_second:.1f} samples/s"
@@ -186,5 +212,8 @@ def _drop_from(file: Path, step: int) -> None:
     """Cuts the lines after `step` that an interrupted run wrote beyond its last checkpoint, and any torn one."""
     if file.is_file():
         whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); mend its lines or move it away, then start again") from None
         write_whole(file, "".join(f"{line}\n" for line in kept).encode())

@@ -19,7 +19,7 @@ class StopRequest:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self.file, self._was_signalled = file, False
+        self.file, self._was_asked = file, False
 
     def __enter__(self) -> Self:
         self._listens = threading.current_thread() is threading.main_thread()
@@ -31,16 +31,20 @@ class StopRequest:
         if self._listens:
             signal.signal(signal.SIGTERM, self._before)
 
+    def ask(self) -> None:
+        """Asks from within this process."""
+        self._was_asked = True
+
     def has_come(self) -> bool:
         """Whether somebody asks now."""
-        return self._was_signalled or self.by_file()
+        return self._was_asked or self.by_file()
 
     def by_file(self) -> bool:
         """Whether the file is there; one that cannot be looked for is not."""
         return self.file is not None and os.path.exists(self.file)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._was_signalled = True
+        self._was_asked = True
 
 
 def check_no_stop_file(run_dir: Path) -> None:

@@ -1,39 +1,49 @@
 """Writes training checkpoints: whole or not there.
 
 A checkpoint is written into a `.part` folder and renamed when every process is done, so that whatever bears its final
-name can be resumed from.
+name can be resumed from. Megatron-core plans which process writes what and copies it out of the GPU; the files are
+written and finished here, since of its own code an error ends one process while the others wait, and tells of torch's
+zip format where a disk is full.
 """
 
 import ctypes
+import errno
 import json
 import os
 import pickle
-import queue
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.api import CheckpointException
+from rich.filesize import decimal
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
-from common.files import sync_folder, write_whole
-from pipeline.checkpoint.checkpoint import first_cause
+from common.files import named_errors, sync_folder, write_whole
+from common.write_errors import os_error_in, way_out
 from pipeline.checkpoint.integrity import own_digests, write_manifest
-from pipeline.checkpoint.run_info import RunInfo
+from pipeline.checkpoint.run_info import RunInfo, latest_checkpoint
 from pipeline.distributed import broadcast_from_rank0
 
 FILES_PER_PROCESS = 4  # each has a thread that writes it and one that hashes it
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
+
+type Written = tuple[list[WriteResult], dict[str, str]]
+"""What a process says of the files it wrote: where each tensor lies, and the digest of each file."""
 
 
 class CheckpointWriter:
@@ -71,78 +81,87 @@ class CheckpointWriter:
         """Writes the state (from `sharded_state`) after `step` optimizer steps.
 
         Raises:
-            OSError: It could not be written.
+            OSError: On every process: one could not write.
         """
         self.poll(wait=True)
         part = self.folder / f"step-{step:08d}.part"
-        filesystem_async._results_queue, digests = _ResultFile(), _ResultFile()
-        with self._named_errors():
-            broadcast_from_rank0(lambda: part.mkdir(parents=True))
-            strategy = TorchDistSaveShardedStrategy(thread_count=FILES_PER_PROCESS)
-            request: Any = dist_checkpointing.save(
-                state, str(part), sharded_strategy=strategy, async_sharded_save=True, async_strategy="mcore"
-            )
+        broadcast_from_rank0(lambda: self._make(part))
+        strategy, answer = _Plan(thread_count=FILES_PER_PROCESS), _Answer()
+        filesystem_async._results_queue = answer  # or it would start a process only to hold a queue
+        request: Any = dist_checkpointing.save(
+            state, str(part), sharded_strategy=strategy, async_sharded_save=True, async_strategy="mcore"
+        )
         if request.async_fn is None:  # this process has nothing to write
-            digests.put({})
+            answer.put(([], {}))
         else:
-            write = partial(_write_part, request.async_fn, part, torch.distributed.get_rank(), digests)
+            write = partial(_write_part, strategy.writer.transforms, part)
             request = request._replace(async_fn=partial(_as_child, os.getpid(), write) if self.in_background else write)
-        request.add_finalize_fn(lambda: self._publish(step, part, digests))
+        request = request._replace(finalize_fns=[lambda: self._publish(step, part, strategy, answer)])
         if self.in_background:
             self.calls.schedule_async_request(request)
-            return
-        with self._named_errors():
+        else:
             request.execute_sync()
 
     def poll(self, wait: bool = False) -> None:
         """Publishes a checkpoint that is written on every process.
 
         Raises:
-            OSError: It could not be written.
+            OSError: On every process: one could not write.
         """
-        if not self.calls.get_num_unfinalized_calls():
-            return
-        with self._named_errors():
+        if self.calls.get_num_unfinalized_calls():
             self.calls.maybe_finalize_async_calls(blocking=wait)
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise OSError(
-                f"{self.folder}: a checkpoint could not be written; the one before it is whole: {first_cause(error)}"
-            ) from error
-
-    def _publish(self, step: int, part: Path, digests: "_ResultFile") -> None:
+    def _publish(self, step: int, part: Path, strategy: "_Plan", answer: "_Answer") -> None:
         """Gives a written checkpoint its name; all processes call it.
 
         Raises:
             OSError: On all of them: one could not write, hash or name its part.
         """
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        try:
-            torch.distributed.all_gather_object(parts, digests.get_nowait())
-        except queue.Empty:
-            torch.distributed.all_gather_object(parts, "a process ended before it had hashed what it wrote")
-        folder = broadcast_from_rank0(lambda: self._name(step, part, parts))
+        rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        answers: list[Any] | None = [None] * num_ranks if rank == 0 else None
+        torch.distributed.gather_object(answer.get(), answers, dst=0)
+        folder = broadcast_from_rank0(lambda: self._name(step, part, strategy, answers or []))
         self.say(f"saved {folder}")
 
-    def _name(self, step: int, part: Path, parts: list[dict[str, str] | str]) -> Path:
-        digests: dict[str, str] = {}
-        for found in parts:
-            if isinstance(found, str):
-                raise OSError(found)
-            digests |= found
-        info = {"step": step, "run": asdict(self.run), **self.extra_info}
-        write_whole(part / "info.json", json.dumps(info, indent=1).encode())
-        write_manifest(part, digests)
-        folder = part.with_suffix("")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        sync_folder(folder.parent)
+    def _make(self, part: Path) -> None:
+        with self._explained(part), named_errors(part):
+            part.mkdir(parents=True)
+
+    def _name(self, step: int, part: Path, strategy: "_Plan", answers: list[Written | OSError]) -> Path:
+        with self._explained(part, strategy.num_bytes), named_errors(part):
+            written = _all_written(answers)
+            assert strategy.metadata is not None
+            with named_errors(part / ".metadata"):
+                strategy.writer.finish(strategy.metadata, [results for results, _ in written])
+            with named_errors(part / "metadata.json"):
+                save_config(CheckpointingConfig(strategy.backend, strategy.version), str(part))
+            info = {"step": step, "run": asdict(self.run), **self.extra_info}
+            write_whole(part / "info.json", json.dumps(info, indent=1).encode())
+            write_manifest(part, {name: digest for _, digests in written for name, digest in digests.items()})
+            folder = part.with_suffix("")
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            sync_folder(folder.parent)
         self._remove_old()
         return folder
+
+    @contextmanager
+    def _explained(self, part: Path, num_bytes: int = 0) -> Iterator[None]:
+        """Removes what was written in vain, and says in one line why, what to do, and where the run can go on."""
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            is_inside = error.filename is not None and part in Path(error.filename).parents
+            where = f" ({error.filename})" if is_inside else ""
+            is_full = num_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            size = f"; it takes {decimal(num_bytes)}" if is_full else ""
+            whole = latest_checkpoint(part.parent.parent)
+            last = f"{whole.name} is whole, the run goes on from there" if whole else "there is no checkpoint yet"
+            raise OSError(
+                f"{part.with_suffix('')} could not be written: {error.strerror or error}{where}{size}{way_out(error)}; "
+                f"{last}"
+            ) from error
 
     def _remove_old(self) -> None:
         """Removes all but the last checkpoints, none of them by halves under its final name, and unfinished ones."""
@@ -158,35 +177,81 @@ class CheckpointWriter:
             self.say(f"{folder} could not be removed; the next save tries again ({error})")
 
 
-class _ResultFile:
-    """What a forked process tells the one it was forked from, which reads it once the other has ended.
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron-core's plan of who writes what, which keeps what finishing takes instead of finishing by itself."""
 
-    A file without a name, since nobody reads a pipe before, and it holds 64 KiB: the results of some 450 tensors.
+    writer: FileSystemWriterAsync
+    metadata: Metadata | None
+    """Of the whole checkpoint, on the first process."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, async_strategy: str) -> Any:
+        self.writer, self.metadata = writer, save_state_dict_ret[1]
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, async_strategy)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the checkpoint."""
+        assert self.metadata is not None
+        entries = self.metadata.state_dict_metadata.values()
+        tensors = [entry for entry in entries if isinstance(entry, TensorStorageMetadata)]
+        return sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+
+
+class _Answer:
+    """What a process tells of the files it wrote, also one forked for it, which is read once that has ended.
+
+    In memory that both have: a disk may be full, and a pipe holds 64 KiB, the results of some 450 tensors.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it is read after the process that writes it has ended)
+        self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b")
 
-    def put(self, content: Any) -> None:
+    def put(self, content: Written | OSError) -> None:
         pickle.dump(content, self._file)
         self._file.flush()
 
-    def get_nowait(self) -> Any:
+    def get(self) -> Written | OSError:
         self._file.seek(0)
         try:
             return pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            raise queue.Empty from None
+            return OSError("the process that wrote it was ended before it was done (out of memory?)")
 
 
-def _write_part(write: Callable[..., None], part: Path, rank: int, digests: _ResultFile, *args: Any) -> None:
-    """Writes and hashes this process's files; a failure goes where the results go, and so to all processes."""
-    results = args[-1]
+def _all_written(answers: list[Written | OSError]) -> list[Written]:
+    """Returns what the processes wrote, by rank.
+
+    Raises:
+        OSError: The first that could not write.
+    """
+    written: list[Written] = []
+    for answer in answers:
+        if isinstance(answer, OSError):
+            raise answer
+        written.append(answer)
+    return written
+
+
+def _write_part(transforms: Any, part: Path, rank: int, buckets: list[WriteBucket], answer: _Answer) -> None:
+    """Writes and hashes this process's files and tells what came of it."""
     try:
-        write(*args)
-    except Exception as error:  # an assertion about one of its threads, for one
-        results.put(RuntimeError(f"a file could not be written ({error}); is the disk full?"))
-    _hash_part(part, rank, digests)
+        with ThreadPoolExecutor(len(buckets)) as threads:
+            results = list(threads.map(partial(_write_file, transforms), buckets))
+        with named_errors(part):
+            answer.put(([*chain.from_iterable(results)], own_digests(part, rank)))
+    except Exception as error:
+        answer.put(error if isinstance(error, OSError) else OSError(repr(error)))
+
+
+def _write_file(transforms: Any, bucket: WriteBucket) -> list[WriteResult]:
+    answer: Any = FileSystemWriterAsync.write_preloaded_data([transforms], 0, bucket, None, None, use_fsync=True)
+    outcome = answer[1]
+    if isinstance(outcome, Exception):
+        found = os_error_in(outcome)
+        if found is None:
+            raise OSError(f"{bucket[0]}: {' '.join(str(outcome).split())[:300]}")
+        raise OSError(found.errno, found.strerror, str(bucket[0]))
+    return outcome
 
 
 def _as_child(parent: int, function: Callable[..., None], *args: Any) -> None:
@@ -197,10 +262,3 @@ def _as_child(parent: int, function: Callable[..., None], *args: Any) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == parent:
         function(*args)
-
-
-def _hash_part(part: Path, rank: int, digests: _ResultFile) -> None:
-    try:
-        digests.put(own_digests(part, rank))
-    except OSError as error:
-        digests.put(str(error))

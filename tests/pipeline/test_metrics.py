@@ -9,6 +9,7 @@ import pytest
 from pipeline.config import LogConfig
 from pipeline.data.batches import BatchCounts
 from pipeline.metrics import MetricsLog, StepMetrics, check_log, read_metrics
+from tests.full_disk import no_file_larger_than
 
 
 def metrics(step: int, loss: float) -> StepMetrics:
@@ -22,6 +23,46 @@ def test_a_resumed_run_replaces_what_lay_beyond_its_checkpoint(tmp_path):
     with MetricsLog(tmp_path, LogConfig(tensorboard=False), first_step=2, num_steps=4, is_first_rank=True) as log:
         log.step(metrics(3, 0.5))
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 9.0), (2, 9.0), (3, 0.5)]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo{"step": 2}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: damaged .*; mend its lines or move it away"):
+        MetricsLog(tmp_path, LogConfig(tensorboard=False), 2, 4, is_first_rank=True).__enter__()
+
+
+def test_what_cannot_be_written_is_kept_until_it_can_be_told(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsLog(tmp_path, LogConfig(tensorboard=False), first_step=0, num_steps=2, is_first_rank=True) as log:
+        log.check()
+        for step in (1, 2):
+            log.step(metrics(step, 0.5))
+            assert log.failure is not None
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/metrics.jsonl'"):
+        log.check()
+
+
+def test_a_line_that_found_no_room_is_written_with_the_next(tmp_path):
+    with MetricsLog(tmp_path, LogConfig(tensorboard=False), first_step=0, num_steps=3, is_first_rank=True) as log:
+        log.step(metrics(1, 0.5))
+        with no_file_larger_than((tmp_path / "metrics.jsonl").stat().st_size + 10):
+            log.step(metrics(2, 0.5))
+        assert log.failure is not None
+        log.step(metrics(3, 0.5))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_so_is_what_tensorboard_cannot_write(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+    with MetricsLog(tmp_path, LogConfig(), first_step=0, num_steps=90, is_first_rank=True) as log:
+        assert log.tensorboard is not None
+        log.tensorboard.flush()
+        with no_file_larger_than(5000):
+            for step in range(1, 40):
+                log.step(metrics(step, 0.5))
+    with pytest.raises(OSError, match="File too large: '.*/tensorboard'"):
+        log.check()
 
 
 def test_plain_lines_tell_progress_where_there_is_no_terminal(tmp_path, capsys):
