@@ -132,6 +132,8 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
         f"{state.config.train.global_batch_size} on {state.groups.dp.size()} data-parallel ranks, "
         f"from step {state.step}; run folder {state.config.run_dir}"
     )
+    for line in broadcast_from_rank0(state.source.remarks):
+        log.say(line)
     if 0 < state.source.num_steps < FEW_STEPS:
         log.say(
             f"only {state.source.num_steps} steps; with so few samples, lower train.global_batch_size or raise "

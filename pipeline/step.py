@@ -12,6 +12,7 @@ from torch import Tensor
 from model.compute import compute_dtype
 from model.pack import Pack
 from model.vision import encode_together, rows_of_pack
+from pipeline.config import DataConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
 from pipeline.optimizer import learning_rate
@@ -24,17 +25,13 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     Once any process has been asked to stop, `state.is_stopping` is set on all.
 
     Raises:
-        ValueError: no sample has a target, or the loss or the gradient norm is not finite; the last checkpoint is
-            sound.
+        ValueError: no sample has a target, the targets are not those of the plan, or the loss or the gradient norm is
+            not finite; the last checkpoint is sound.
     """
     started = time.monotonic()
     config = state.config
     if not batch.counts.num_targets:
-        raise ValueError(
-            f"step {batch.step}: no sample has anything to learn ({batch.counts.num_skipped} were skipped, "
-            f"{batch.counts.num_samples} have no target); does data.template={config.data.template} fit these shards? "
-            "plain is for captions (one question, one answer), v1 for conversations"
-        )
+        raise ValueError(nothing_to_learn(batch, config.data))
     rate = learning_rate(batch.step, state.source.num_steps, config.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -50,8 +47,15 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
         seq_length=config.data.max_text_tokens_per_pack,
         micro_batch_size=1,
     )
-    total, state.is_stopping = sum_over_replicas(sums, state)
-    loss = total / batch.counts.num_targets
+    num_targets = sum(pack.num_targets for pack, _ in inputs)
+    total, num_targets, state.is_stopping = sum_over_replicas(sums, num_targets, state)
+    if num_targets != batch.counts.num_targets:
+        raise ValueError(
+            f"step {batch.step}: the samples have {num_targets:,} targets, but the length table says "
+            f"{batch.counts.num_targets:,}; stopped before the optimizer step. Delete lengths-*.npz in "
+            f"data.cache={config.data.cache}"
+        )
+    loss = total / num_targets
     if not math.isfinite(loss):
         raise ValueError(
             f"step {batch.step}: the loss is {loss}; stopped before the optimizer step. "
@@ -106,17 +110,36 @@ def forward_step(inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module):
     return chunk(pack, features_IC), sum_losses
 
 
-def sum_over_replicas(sums: list[Tensor], state: TrainState) -> tuple[float, bool]:
-    """Returns, on every process, the sum of the losses of all replicas and whether any is to stop.
+def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> tuple[float, int, bool]:
+    """Returns, on every process, the losses and the targets of all replicas, and whether any process is to stop.
 
-    Only last stages bring losses, the same ones on all their tensor-parallel ranks.
+    Only last stages bring losses, the same ones on all their tensor-parallel ranks; all processes of a replica have the
+    same targets.
     """
-    values = torch.tensor([0.0, state.stop.has_come()], dtype=torch.float64, device=state.device)
+    values = torch.tensor([0.0, 0.0, state.stop.has_come()], dtype=torch.float64, device=state.device)
     if sums and state.groups.tp.rank() == 0:
         values[0] = torch.stack(sums).sum()
+    if state.groups.mp.rank() == 0:
+        values[1] = num_targets
     torch.distributed.all_reduce(values)
-    total, num_stopping = values.tolist()
-    return total, num_stopping > 0
+    total, num_targets_in_all, num_stopping = values.tolist()
+    return total, int(num_targets_in_all), num_stopping > 0
+
+
+def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
+    """Returns why a batch without targets ends the run."""
+    counts = batch.counts
+    held = f"{counts.num_skipped} were skipped, {counts.num_samples} have no target"
+    way_out = (
+        f"does data.template={data.template} fit these shards? plain is for captions (one question, one answer), "
+        "v1 for conversations"
+    )
+    if counts.num_truncated_tokens:
+        way_out = (
+            f"data.max_positions={data.max_positions} cut {counts.num_truncated_tokens:,} text tokens of them; "
+            "raise it, or leave out rows whose images alone fill it"
+        )
+    return f"step {batch.step}: no sample has anything to learn ({held}); {way_out}"
 
 
 def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,6 +137,27 @@ class BatchSource(Dataset[GlobalBatch]):
         problems = [f"skipped: {self.schedule.table.problems[number]}" for number in plan.skipped]
         return GlobalBatch(step, plan.epoch, micro_batches, plan.counts, problems)
 
+    def remarks(self) -> list[str]:
+        """Returns a line for each kind of sample that the run will not learn from, with their number and the first."""
+        table, lines = self.schedule.table, []
+        if table.problems:
+            first = table.problems[min(table.problems)]
+            lines.append(
+                f"{len(table.problems):,} of {len(table):,} samples cannot be encoded and are skipped: {first}"
+            )
+        if len(idle := table.without_targets()):
+            num_cut = int((table.column("num_truncated_tokens")[idle] > 0).sum())
+            cut = (
+                f", {num_cut:,} since data.max_positions={self.config.data.max_positions} cuts them" if num_cut else ""
+            )
+            shards, local = self.samples.locate(int(idle[0]))
+            record = shards.record(local)
+            lines.append(
+                f"{len(idle):,} of {len(table):,} samples have nothing to learn{cut}; the first is "
+                f"record {record['id']} (index {record['source_index']}) of {shards.location}"
+            )
+        return lines
+
     def batches(self, first_step: int) -> Iterator[GlobalBatch]:
         """Yields the batches from `first_step` to the end, prepared ahead of need by worker processes or a thread."""
         data, steps = self.config.data, range(first_step, self.num_steps)
@@ -188,13 +209,12 @@ class BatchSource(Dataset[GlobalBatch]):
         shards, local = self.samples.locate(number)
         (record, members), data = shards.sample(local), self.config.data
         v = self.config.model.vision.num_tokens
-        sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions)
-        if len(sample.text_token_ids) != self.schedule.table.column("num_text")[number]:
-            raise ValueError(
-                f"{shards.location}: record {record['id']} has {len(sample.text_token_ids)} text tokens, but not in "
-                f"the length table; delete lengths-*.npz in data.cache={data.cache}"
-            )
         name = f"{shards.location}: record {record['id']} (index {record['source_index']})"
+        sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions)
+        try:
+            self.schedule.table.check(number, sample, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete lengths-*.npz in data.cache={data.cache}") from None
         kept = [record["images"][i] for i in sample.image_indices]
         return sample, [StoredImage(members[image["member"]], f"{name}, image {image['path']}") for image in kept]
 

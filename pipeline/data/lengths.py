@@ -1,7 +1,8 @@
 """How long every sample is, known before any is read for training: the length table.
 
 It is computed once for a shard set, a tokenizer and a template, in parallel, and kept in the cache folder under a name
-that tells all it depends on. With it the packs of every step of a run are a pure function of the step.
+that tells all it depends on, the encoding code too (`pipeline.data.probes`). With it the packs of every step of a run
+are a pure function of the step.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from rich.console import Console
@@ -21,13 +22,15 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from common.console import build_progress
-from common.files import write_whole
-from pipeline.data.samples import ENCODING, build_sample
+from common.files import read_whole, write_whole
+from pipeline.data.probes import encoding_digest
+from pipeline.data.samples import Sample, build_sample
 from pipeline.data.templates import ConversationError, Tokenizer
 from pipeline.distributed import init_worker_signals, worker_context
 from pipeline.shards.shard_set import ShardSet
 
 COLUMNS = ("num_text", "num_images", "num_targets", "num_dropped_targets", "num_truncated_tokens")
+DIGEST_BYTES = hashlib.sha256().digest_size
 SAMPLES_PER_PROCESS = 20_000  # fewer are encoded sooner than a process has imported what it needs
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -43,8 +46,10 @@ class Encoding:
 
     def fingerprint(self) -> str:
         """Returns a digest that changes when any sample's length may."""
-        facts = [ENCODING, tokenizer_fingerprint(self.tokenizer), self.template]
-        return hashlib.sha256(json.dumps([*facts, self.num_tokens_per_image, self.max_positions]).encode()).hexdigest()
+        settings = (self.num_tokens_per_image, self.max_positions)
+        behaviour = encoding_digest(self.template, load_tokenizer(self.tokenizer), *settings)
+        facts = [COLUMNS, tokenizer_fingerprint(self.tokenizer), self.template, *settings, behaviour]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -69,6 +74,20 @@ class LengthTable:
     def column(self, name: str) -> np.ndarray:
         """Returns int32[num_samples], one of `COLUMNS`."""
         return self.values[:, COLUMNS.index(name)]
+
+    def without_targets(self) -> np.ndarray:
+        """Returns int64[n], the samples that have text but nothing to learn."""
+        return np.flatnonzero((self.column("num_text") > 0) & (self.column("num_targets") == 0))
+
+    def check(self, number: int, sample: Sample, name: str) -> None:
+        """Makes sure that a sample is what the table says of it.
+
+        Raises:
+            ValueError: It is not, so the plan of the run is wrong; the message has the sample's `name`.
+        """
+        for column, found, planned in zip(COLUMNS, sample.sizes(), self.values[number].tolist(), strict=True):
+            if found != planned:
+                raise ValueError(f"{name} has {column}={found}, but the length table says {planned}")
 
 
 def join(tables: Sequence[LengthTable]) -> LengthTable:
@@ -113,7 +132,7 @@ def _measure_all(shards: ShardSet, encoding: Encoding) -> Iterator[LengthTable]:
 def measure_shard(job: tuple[ShardSet, Encoding, int]) -> LengthTable:
     """Returns the table of one shard."""
     shards, encoding, shard = job
-    return measure(shards.records(shard), encoding, _tokenizer(encoding.tokenizer))
+    return measure(shards.records(shard), encoding, load_tokenizer(encoding.tokenizer))
 
 
 def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -> LengthTable:
@@ -124,7 +143,7 @@ def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -
             sample = build_sample(
                 record, encoding.template, tokenizer, encoding.num_tokens_per_image, encoding.max_positions
             )
-            rows.append((len(sample.text_token_ids), len(sample.image_positions), *sample.counts()))
+            rows.append(sample.sizes())
         except ConversationError as error:
             rows.append((0,) * len(COLUMNS))
             problems[number] = str(error)
@@ -132,23 +151,29 @@ def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -
 
 
 @cache
-def _tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Returns the tokenizer of a base folder."""
     return AutoTokenizer.from_pretrained(folder)
 
 
 def _dump(table: LengthTable) -> bytes:
+    """Returns a table as an archive of arrays, whose comment is the SHA-256 of all before it."""
     stream = io.BytesIO()
     problems = np.frombuffer(json.dumps(list(table.problems.items())).encode(), dtype=np.uint8)
     np.savez_compressed(stream, values=table.values, problems=problems)
-    return stream.getvalue()
+    with ZipFile(stream, "a") as archive:
+        archive.comment = bytes(DIGEST_BYTES)
+    body = stream.getvalue()[:-DIGEST_BYTES]
+    return body + hashlib.sha256(body).digest()
 
 
 def _load(file: Path, num_samples: int) -> LengthTable:
-    try:
-        with np.load(file) as stored:
-            table = LengthTable(stored["values"], dict(json.loads(stored["problems"].tobytes() or b"[]")))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it, and it is computed again") from None
+    data = read_whole(file)
+    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError(f"{file} is damaged (its checksum is wrong); delete it, and it is computed again")
+    with np.load(io.BytesIO(data)) as stored:
+        table = LengthTable(stored["values"], dict(json.loads(stored["problems"].tobytes())))
     if len(table) != num_samples:
         raise ValueError(f"{file} knows {len(table)} samples, the shards hold {num_samples}; delete it")
     return table

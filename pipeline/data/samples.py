@@ -17,9 +17,6 @@ import numpy as np
 
 from pipeline.data.templates import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConversationError, Tokenizer, encode_conversation
 
-ENCODING = 1
-"""Raised when a record would become other tokens than before: cached token lengths are then computed again."""
-
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -45,9 +42,10 @@ class Sample:
     num_dropped_targets: int
     num_truncated_tokens: int
 
-    def counts(self) -> tuple[int, int, int]:
-        """Returns the numbers of targets, dropped targets and truncated tokens."""
-        return self.num_targets, self.num_dropped_targets, self.num_truncated_tokens
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Returns the numbers of text tokens, images, targets, dropped targets and truncated tokens."""
+        counted = self.num_targets, self.num_dropped_targets, self.num_truncated_tokens
+        return len(self.text_token_ids), len(self.image_positions), *counted
 
 
 def build_sample(

@@ -21,12 +21,14 @@ from pipeline.data.packing import SampleSize, deal_samples, imbalance, pack_samp
 class BatchCounts:
     """What the whole global batch holds, over all ranks.
 
-    `num_skipped` samples could not be encoded; `training_flops` are the model's, forward and backward, without the
-    encoder's; `imbalance_fraction` is by how much the busiest rank exceeds the mean.
+    `num_skipped` samples could not be encoded; `num_without_targets` of the samples have nothing to learn, as a
+    rule since it was cut; `training_flops` are the model's, forward and backward, without the encoder's;
+    `imbalance_fraction` is by how much the busiest rank exceeds the mean.
     """
 
     num_samples: int
     num_skipped: int
+    num_without_targets: int
     num_targets: int
     num_dropped_targets: int
     num_truncated_tokens: int
@@ -94,6 +96,7 @@ class Schedule:
         counts = BatchCounts(
             num_samples=len(kept),
             num_skipped=len(numbers) - len(kept),
+            num_without_targets=int((values["targets"][fit] == 0).sum()),
             num_targets=int(values["targets"].sum()),
             num_dropped_targets=int(values["dropped"].sum()),
             num_truncated_tokens=int(values["cut"].sum()),

@@ -1,6 +1,7 @@
 """Global batches: the same samples however many ranks, every image decoded once, nothing skipped in silence."""
 
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from model.pack import IGNORE_INDEX
 from pipeline.config import RunConfig, ShardSource
 from pipeline.data.batches import BatchSource, RankCoordinates, build_pack, build_source, load_table, open_shards
+from pipeline.data.lengths import COLUMNS
 from pipeline.data.samples import build_sample
 from pipeline.shards.shard_set import ShardSet
 from tests.processes import run_together
@@ -96,11 +98,35 @@ def test_a_sample_that_cannot_be_encoded_is_skipped_counted_and_named(stage2, mo
     assert sum(texts(batch).values()) == batch.counts.num_samples == stage2.train.global_batch_size - 1
 
 
-def test_another_tokenizer_behind_a_cached_table_is_noticed(stage2):
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_table_of_another_encoding_is_noticed_at_each_sample(stage2, column):
     found = source(stage2)
-    found.schedule.table.values[:, 0] += 1
-    with pytest.raises(ValueError, match=r"not in the length table; delete lengths-\*\.npz in data\.cache="):
+    number = int(found.schedule.samples(0)[2])
+    found.schedule.table.values[number, COLUMNS.index(column)] += 1
+    name = re.escape(the_shards(stage2).record(number)["id"])
+    wrong = rf"record {name} \(index \d+\) has {column}=\d+, but the length table says \d+; delete lengths-\*\.npz in "
+    with pytest.raises(ValueError, match=wrong):
         found[0]
+
+
+def test_samples_without_targets_are_counted_and_the_first_is_named(stage2, tmp_path):
+    """At 150 positions (64 of them an image) some answers are cut; the samples themselves say which."""
+    short = with_data(stage2, cache=tmp_path, max_positions=150)
+    (shards,) = open_shards(short)
+    tokenizer, v = source(stage2).tokenizer, stage2.model.vision.num_tokens
+    samples = [build_sample(shards.record(n), "v1", tokenizer, v, 150) for n in range(len(shards))]
+    idle = [n for n, sample in enumerate(samples) if not (sample.targets != IGNORE_INDEX).any()]
+    cut = source(short)
+    assert 0 < len(idle) < len(shards)
+    for step in range(6):
+        held = set(cut.schedule.samples(step).tolist())
+        assert cut.schedule.plan(step).counts.num_without_targets == len(held & set(idle))
+    (line,) = cut.remarks()
+    assert line.startswith(
+        f"{len(idle)} of {len(shards)} samples have nothing to learn, {len(idle)} since data.max_pos"
+    )
+    assert f"the first is record {shards.record(idle[0])['id']} (index " in line
+    assert source(stage2).remarks() == []
 
 
 def test_an_image_that_does_not_decode_names_the_record(stage2, monkeypatch):

@@ -1,13 +1,14 @@
 """The length table: what encoding gives, computed once, found again, and never another's."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.data import lengths
+from pipeline.data import lengths, probes, samples, templates
 from pipeline.data.lengths import Encoding, LengthTable, join, length_table, measure
 from pipeline.data.samples import build_sample
 from pipeline.shards.shard_set import ShardSet
@@ -75,6 +76,45 @@ def test_tables_of_several_sets_are_numbered_through():
     tables = [LengthTable(np.full((2, 5), 1), {1: "a"}), LengthTable(np.full((3, 5), 2), {0: "b"})]
     table = join(tables)
     assert table.values[:, 0].tolist() == [1, 1, 2, 2, 2] and table.problems == {1: "a", 2: "b"}
+
+
+def test_other_code_has_another_name(encoding, monkeypatch):
+    """Each of these is a one-line change of encoding that leaves some lengths and all settings as they were."""
+    vicuna, real_cut = templates.TEMPLATES["v1"], samples._cut
+    names = [encoding.fingerprint()]
+
+    def name_with(where, **changes) -> None:
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                patch.setattr(where, name, value)
+            names.append(encoding.fingerprint())
+
+    name_with(templates, TEMPLATES=templates.TEMPLATES | {"v1": replace(vicuna, strip=True)})
+    name_with(templates, TEMPLATES=templates.TEMPLATES | {"v1": replace(vicuna, user=("USER: ", "\n"))})
+    name_with(templates, TEMPLATES=templates.TEMPLATES | {"v1": replace(vicuna, system=("", "  "))})
+    name_with(templates, _place_image=lambda text, has_image: text)
+    name_with(samples, _cut=lambda ids, labels, v, limit: real_cut(ids, labels, v, limit - 1))
+    name_with(probes, PROBES=[record | {"turns": record["conversations"]} for record in probes.PROBES])
+    name_with(lengths, COLUMNS=(*lengths.COLUMNS, "num_sounds"))
+    names.append(encoding.fingerprint())
+    assert names[0] == names[-1] and len(set(names)) == len(names) - 1
+
+
+def test_a_flipped_byte_of_a_table_is_named(shards, encoding, tmp_path):
+    length_table(shards, encoding, tmp_path, QUIET)
+    (file,) = tmp_path.glob("lengths-*.npz")
+    whole = file.read_bytes()
+    for place in [*range(0, len(whole), len(whole) // 12), *range(-40, 0, 4)]:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place % len(whole) + 1 :])
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it, and it is computed again"):
+            length_table(shards, encoding, tmp_path, QUIET)
+
+
+def test_a_table_is_an_archive_that_numpy_reads(shards, encoding, tmp_path):
+    table = length_table(shards, encoding, tmp_path, QUIET)
+    (file,) = tmp_path.glob("lengths-*.npz")
+    with np.load(file) as stored:
+        assert np.array_equal(stored["values"], table.values)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"", lambda data: b"not an archive at all"])
