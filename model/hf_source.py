@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -115,6 +117,8 @@ def vision_fields(folder: Path) -> dict[str, Any]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Returns a folder's tokenizer, with a padding token, such that every version of transformers gives the same ids.
 
+    They are those of the slow tokenizer where the folder has its `tokenizer.model`: LLaVA uses that one.
+
     transformers 5 builds the tokenizer of a `LlamaTokenizer` folder anew from its vocabulary and settings, 4.57 takes
     `tokenizer.json` as it stands, and they differ in where a text gets a space in front (with `legacy=True` or
     `add_prefix_space=None`). The plain class reads `tokenizer.json` in both.
@@ -130,6 +134,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     found = AutoTokenizer.from_pretrained(folder, **options)
     if not found.is_fast:
         raise ValueError(f"{folder}: {type(found).__name__} has no fast form, which the exported folder needs")
+    if (folder / "tokenizer.model").is_file():
+        prepend_like_sentencepiece(found.backend_tokenizer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=found.backend_tokenizer,
         model_max_length=found.model_max_length,
@@ -142,6 +148,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None:
         raise ValueError(f"{folder}: the tokenizer has no padding token and no EOS; set its eos_token")
     return tokenizer
+
+
+def prepend_like_sentencepiece(tokenizer: Tokenizer) -> None:
+    """Lets a converted tokenizer (`legacy=False`) put a space before a text that begins with a space, too.
+
+    Sentencepiece does, and the slow tokenizer. `Metaspace` leaves out a space that is there already; here the first of
+    two puts one before all other text, since the spaces of the text have become another letter by then:
+
+        " a"  ->  "_a"  ->  " _a"  ->  "__a"
+    """
+    before = tokenizer.pre_tokenizer
+    if tokenizer.normalizer is None and isinstance(before, Metaspace) and before.prepend_scheme == "first":
+        tokenizer.normalizer = normalizers.Replace(" ", before.replacement)
+        once, rest = (
+            Metaspace(letter, scheme, False) for letter, scheme in ((" ", "first"), (before.replacement, "never"))
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([once, rest])
 
 
 def load_image_processor(folder: Path, image_aspect_ratio: str, image_size: int) -> SaisaImageProcessor:

@@ -10,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
+from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
 from model.hf_source import load_tokenizer, read_checkpoint
 from model.import_hf import compose_base, convert_release
+from pipeline.data.templates import encode_text
 from tests.hf_compat.make_folder import random_projectors
 from tests.hf_compat.tiny import save_llm, save_sentencepiece, save_vision
 
@@ -189,6 +192,8 @@ def test_the_tokenizer_becomes_one_that_every_version_reads_alike(tmp_path: Path
     )
     copied = AutoTokenizer.from_pretrained(tmp_path / "copy")
     for text in (TEXT, "  two spaces", "", "\nline", "red</s>blue <s> x", "caf\u00e9 \U0001f642"):
+        if text.startswith(" ") and settings.get("legacy") is False:
+            continue  # the converted tokenizer is wrong here: test_a_sentencepiece_model_gives_the_slow_tokenizers_ids
         assert copied(text).input_ids == original(text).input_ids
         ids = original(text).input_ids
         assert copied.decode(ids, skip_special_tokens=True) == original.decode(ids, skip_special_tokens=True)
@@ -335,3 +340,38 @@ def test_one_projector_in_every_layer_is_stored_for_each(source: Any, tmp_path: 
             processor.tokenizer,
             processor.image_processor,
         )
+
+
+NASTY = [
+    "", "a", " a", "  a", "   ", "\n", "\n a", " \n a", "a ", "a  b", " and ", "\u2581a", "\u2581", " \u2581 a", "\ta",
+    "\u00a0a", "\u3000a", " .", ".", "'s", " 's", "\u65e5\u672c", "\U0001f642 x", " \U0001f642", "e\u0301", "\u200b a",
+    "\ufeffa", " 1 2", "1", " -1", "\r\n", "\x00a", "fi \ufb01 \u00bd \u2460", "A" * 50, " " * 20, " \u2581",
+]  # fmt: skip
+SPECIAL = ["</s> a", " </s>a", "a </s>  b", "</s>", "  </s>", "<s>a", "a<unk> b"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_sentencepiece_model_gives_the_slow_tokenizers_ids(realdata: Path, tmp_path: Path, legacy: bool) -> None:
+    """As LLaVA uses it: every piece between images on its own. Sentencepiece itself knows no special tokens."""
+    model = realdata / "tokenizers" / "mistral_v1" / "tokenizer.model"
+    (tmp_path / "llm").mkdir()
+    shutil.copy(model, tmp_path / "llm")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "unk_token": "<unk>"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
+    imported = load_tokenizer(tmp_path / "llm")
+    imported.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    imported.save_pretrained(tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    slow, pieces = LlamaTokenizer(str(model), legacy=legacy), SentencePieceProcessor(str(model))
+    for tokenizer in (imported, exported):
+        processor = SaisaProcessor(SaisaImageProcessor(), tokenizer, num_image_tokens=1)
+        for text in NASTY + SPECIAL:
+            ids = slow(text, add_special_tokens=False).input_ids
+            assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
+            if text in NASTY and "\u2581" not in text:
+                assert ids == pieces.encode(text), text
+            image = [processor.image_token_id]
+            assert processor.tokenize(f"<image>{text}<image>{text}") == [1, *image, *ids, *image, *ids], text
+            placeholders = [-200 if token in image else token for token in processor.tokenize(f"{text}<image>{text}")]
+            assert encode_text(f"{text}<image>{text}", tokenizer) == placeholders, text
