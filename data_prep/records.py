@@ -71,7 +71,7 @@ def check_row(row: Any) -> tuple[str, ...]:
     paths = row.get("image")
     paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
     for path in paths:
-        _check_path(path)
+        check_path(path)
     if num_tokens != len(paths):
         tokens, files = _count(num_tokens, f"{IMAGE_TOKEN} token"), _count(len(paths), "image path")
         raise Refused("image_count", f"{tokens} but {files}")
@@ -97,7 +97,12 @@ def _check_conversations(turns: Any) -> int:
     return sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
 
 
-def _check_path(path: Any) -> None:
+def check_path(path: Any) -> None:
+    """Makes sure that an image path names something under the image root.
+
+    Raises:
+        Refused: It does not.
+    """
     if not isinstance(path, str) or not path or "\0" in path or not _is_utf8(path):
         raise Refused("image_path", f"image path is {_shown(path)}, not a file name")
     if path.startswith(("/", "\\")) or path[1:3] in (":\\", ":/") or ".." in path.split("/"):

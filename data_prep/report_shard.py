@@ -16,9 +16,9 @@ from typing import IO, NamedTuple
 from PIL import Image
 
 from common.files import Location, open_file, read_whole
-from data_prep.image_check import FORMATS, LOSSY, check_image
+from common.images import load_image
+from data_prep.image_check import LOSSY
 from data_prep.listings import ShardEntry
-from data_prep.records import Refused
 from data_prep.report_stats import Stats, count, measure
 from data_prep.tar_writer import BLOCK_BYTES
 
@@ -125,16 +125,15 @@ def read_thumbnails(blocks: bytes, key: str, images: list[dict]) -> list[str | N
 
 def thumbnail(data: bytes) -> str | None:
     """Returns an image at a size to look at, as a data URI, or None if it does not decode (it may be unchecked)."""
-    try:
-        check_image(data, "")
-    except Refused:
-        return None
     stream = io.BytesIO()
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    try:
+        image = load_image(data)
         kind = "JPEG" if image.format in LOSSY else "PNG"  # what was drawn or written stays sharp
         small = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if image.mode.startswith("I"):  # 16 bits, which `convert` clips
             small = image.convert("I").point(lambda value: value / 257).convert("RGB")
+    except ValueError:  # also where Pillow has no conversion
+        return None
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")

@@ -13,22 +13,22 @@ Nothing here sets the number of threads or any other state of the process.
 """
 
 import io
-import struct
 from typing import cast
 
 import torch
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from common.images import load_image
 from model.hf.image_processing_saisa import MAX_INTERMEDIATE_PIXELS, SaisaImageProcessor
 
 FILTERS = {2: "bilinear", 3: "bicubic"}
 """What torch calls Pillow's filters of these numbers; it lacks the others."""
 
 # Source: ITU-T T.81, table B.1.
-START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
+END_OF_IMAGE, START_OF_SCAN = b"\xff\xd9", 0xDA
 FRAMES = (0xC0, 0xC1, 0xC2)
 """Baseline, extended and progressive with Huffman codes: not lossless, hierarchical or arithmetic."""
 OTHER_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
@@ -44,15 +44,13 @@ def decode_image(data: bytes, processor: SaisaImageProcessor, exact: bool) -> Te
         exact: Whether they must be `processor.resize_to_uint8`'s own, bit for bit; it takes twice as long.
 
     Raises:
-        OSError: The file is truncated, damaged or not an image.
-        Image.DecompressionBombError: It has more pixels than Pillow allows.
+        ImageError: The file is truncated, damaged, too large or not an image.
         ValueError: A setting of the processor is not supported.
     """
     image_HW3 = _decode_jpeg(data) if not exact and is_fast(data, processor) else None
     if image_HW3 is not None:
         return _fit(image_HW3, processor)
-    with Image.open(io.BytesIO(data)) as image:
-        return processor.resize_to_uint8(image)
+    return processor.resize_to_uint8(load_image(data))
 
 
 def is_fast(data: bytes, processor: SaisaImageProcessor) -> bool:
@@ -71,40 +69,28 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     It holds one whole picture of 8 bits, gray or YCbCr, and no junk before its first scan. So left to Pillow are CMYK,
     what Adobe's marker says is RGB, MPO (several pictures), files that are cut short, and heights told after the scan.
     """
-    if not data.startswith(START_OF_IMAGE):
+    try:
+        image = JpegImageFile(io.BytesIO(data))
+    except (SyntaxError, OSError, ValueError):
         return None
-    position, size = len(START_OF_IMAGE), None
-    while position + 4 <= len(data):
-        prefix, marker, num_bytes = struct.unpack_from(">BBH", data, position)
-        segment = data[position + 4 : position + 2 + num_bytes]
-        if prefix != 0xFF:
-            return None
-        if marker == START_OF_SCAN:  # the scan cannot hold the two bytes of the end: it writes ff as ff 00
-            return size if data.rfind(END_OF_IMAGE, position) >= 0 else None
-        if marker in FRAMES and size is None:
-            size = _frame_size(segment)
-            if size is None:
-                return None
-        elif marker not in OTHER_SEGMENTS or _is_surprise(marker, segment):
-            return None
-        position += 2 + num_bytes
+    scan = image.fp.tell() if image.fp else 0
+    *before, last = _segments(data[:scan]) or [0]
+    is_whole = last == START_OF_SCAN and data.rfind(END_OF_IMAGE, scan) >= 0  # a scan writes ff as ff 00
+    has_one_frame = sum(marker in FRAMES for marker in before) == 1 and len(image.layer) == image.layers
+    is_ycbcr = image.mode in ("L", "RGB") and ("adobe" not in image.info or image.info.get("adobe_transform") == 1)
+    is_plain = is_ycbcr and "mp" not in image.info
+    if is_whole and has_one_frame and is_plain and {*before} <= {*FRAMES, *OTHER_SEGMENTS}:
+        return image.height, image.width
     return None
 
 
-def _frame_size(segment: bytes) -> tuple[int, int] | None:
-    """Returns height and width by a frame header that has 8 bits and one or three components."""
-    if len(segment) not in (9, 15):  # 6 bytes, and 3 for each component
-        return None
-    bits, height, width, num_components = struct.unpack_from(">BHHB", segment)
-    plain = bits == 8 and len(segment) == 6 + 3 * num_components and height and width
-    return (height, width) if plain else None
-
-
-def _is_surprise(marker: int, segment: bytes) -> bool:
-    """Returns whether application data say that the colours are not YCbCr, or that more pictures follow."""
-    if marker == 0xEE and segment.startswith(b"Adobe"):
-        return segment[11:12] != b"\1"
-    return marker == 0xE2 and segment.startswith(b"MPF\0")
+def _segments(header: bytes) -> list[int]:
+    """Returns the marker of each segment of a JPEG's header, or nothing if anything else stands between them."""
+    markers, position = [], 2
+    while position + 4 <= len(header) and header[position] == 0xFF:
+        markers.append(header[position + 1])
+        position += 2 + int.from_bytes(header[position + 2 : position + 4])
+    return markers if position == len(header) else []
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:

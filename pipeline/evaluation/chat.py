@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from typer import Option
 
 from common.console import UsageError, plain, run
+from common.images import ImageError, load_image
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import check_export
@@ -79,12 +80,10 @@ def open_image(file: Path) -> Image.Image:
         ValueError: the file is not there, or not an image that Pillow reads.
     """
     try:
-        image = Image.open(file)
-        image.load()
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        return load_image(file.read_bytes())
+    except (OSError, ImageError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable image ({error})"
         raise ValueError(f"{file}: {reason}") from None
-    return image
 
 
 def _device(name: str | None) -> torch.device:

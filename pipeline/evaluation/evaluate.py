@@ -8,18 +8,21 @@
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import BarColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer import Option
 
 from common.console import UsageError, build_console, build_progress, plain, run
+from common.images import load_image
+from data_prep.image_roots import ImageEntry, open_images, read_image
+from data_prep.records import Refused, check_path
 from model.hf_folder import check_export
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
 
@@ -29,7 +32,7 @@ MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some 
 def evaluate(
     model_dir: Path,
     data: Path,
-    images: Path,
+    images: str | Path,
     blind: bool = False,
     *,
     rows: slice = slice(None),
@@ -41,7 +44,7 @@ def evaluate(
     Args:
         model_dir: Folder written by `make export`.
         data: LLaVA JSON or JSONL; a row's optional `family` names its kind of question.
-        images: Folder that the rows' image paths start from.
+        images: Folder, zip or URL that the rows' image paths start from, as of `make shards`.
         blind: Replace every image by its processor's mean colour.
         rows: Which rows of `data`.
         batch_size: Questions answered at once.
@@ -52,12 +55,7 @@ def evaluate(
     """
     questions = read_questions(data, rows)
     check_export(model_dir)
-    for question in questions:  # before anything is loaded
-        for name in question.images:
-            if not (images / name).is_file():
-                raise ValueError(
-                    f"{images / name}: no such image, wanted by record {question.row_id!r}; check --images"
-                )
+    entries = find_images(questions, images)  # before anything is loaded
     processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=True, dtype="auto").eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
@@ -67,7 +65,7 @@ def evaluate(
     if not any(fits):
         raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
     asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
-    return EvaluationResult(answer_all(model, processor, asked, images, blind, batch_size, max_new_tokens), too_long)
+    return EvaluationResult(answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens), too_long)
 
 
 @torch.inference_mode()
@@ -75,7 +73,7 @@ def answer_all(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
-    images: Path,
+    images: Mapping[str, ImageEntry],
     blind: bool,
     batch_size: int,
     max_new_tokens: int,
@@ -91,7 +89,7 @@ def answer_all(
     for batch in _shown(batches):
         asked = [questions[index] for index in batch]
         prompts = [_prompt(question, processor) for question in asked]
-        pictures = [[_open(images / name, question) for name in question.images] for question in asked]
+        pictures = [[_open(images[name], question) for name in question.images] for question in asked]
         if blind:
             pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
         inputs = processor(
@@ -160,13 +158,33 @@ def parse_rows(text: str | None, option: str = "--rows") -> slice:
     return slice(first, last)
 
 
-def _open(file: Path, question: Question) -> Image.Image:
+def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, ImageEntry]:
+    """Returns where the images of the questions are, by the paths in their rows; found as `make shards` finds them.
+
+    Raises:
+        ValueError: one is not there, or its path leads out of the folder.
+    """
+    roots, entries = open_images([str(root)]), {}
+    for question in questions:
+        for path in question.images:
+            try:
+                check_path(path)
+                entry = entries.get(path) or roots.find(path)
+            except Refused as error:
+                raise ValueError(f"record {question.row_id!r}, image {path!r}: {error}") from None
+            if entry is None:
+                raise ValueError(f"{root}/{path}: no such image, wanted by record {question.row_id!r}; check --images")
+            entries[path] = entry
+    return entries
+
+
+def _open(entry: ImageEntry, question: Question) -> Image.Image:
     try:
-        image = Image.open(file)
-        image.load()
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}), wanted by record {question.row_id!r}") from None
-    return image
+        return load_image(read_image(entry))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{entry.file}: not a readable image ({error}), wanted by record {question.row_id!r}"
+        ) from None
 
 
 def _blank(image: Image.Image, processor: Any) -> Image.Image:
@@ -178,7 +196,7 @@ def _blank(image: Image.Image, processor: Any) -> Image.Image:
 def main(
     model: Annotated[Path, Option(help="exported folder")],
     data: Annotated[Path, Option(help="LLaVA JSON with the questions")],
-    images: Annotated[Path, Option(help="folder that the image paths start from")],
+    images: Annotated[str, Option(help="folder, zip or URL that the image paths start from")],
     blind: Annotated[bool, Option("--blind", help="blank every image")] = False,
     rows: Annotated[str | None, Option(help="a:b, only these rows of --data")] = None,
     baseline_data: Annotated[Path | None, Option(help="training rows: also score guessing from them, unseen")] = None,

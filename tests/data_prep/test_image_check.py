@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from PIL import Image, ImageChops, ImageStat, features
 
-from data_prep.image_check import FORMATS, check_image, shrink_image
+from data_prep.image_check import check_image, shrink_image
 from data_prep.records import Refused
 
 
@@ -30,14 +30,14 @@ def too_large() -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "QOI"])
 def test_format_size_and_extension_come_from_the_bytes(kind: str) -> None:
     info = check_image(encoded(kind), "lies.xyz")
     assert (info.format, info.width, info.height) == (kind, 40, 30)
-    assert info.extension == {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
+    assert info.extension == {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(kind, kind.lower())
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "QOI"])
 def test_a_file_cut_short_is_refused_every_time(kind: str) -> None:
     data = encoded(kind)
     for _ in range(2):  # Pillow serves the partial pixels of an image whose load() has failed once

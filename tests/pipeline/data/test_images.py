@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.images import ImageError
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from pipeline.data import images
 from pipeline.data.images import decode_image, is_fast, plain_jpeg_size
@@ -139,7 +140,7 @@ def test_sizes_are_judged_before_anything_is_decoded():
     assert [is_fast(wide, PROCESSORS[name]) for name in ("clip pad", "siglip square")] == [False, True]
     bomb = resized_frame(data, 60000, 60000)
     assert plain_jpeg_size(bomb) == (60000, 60000) and not is_fast(bomb, SQUARE)
-    with pytest.raises(Image.DecompressionBombError):
+    with pytest.raises(ImageError, match="more than 178956970 pixels"):
         decode_image(bomb, SQUARE, exact=False)
     assert plain_jpeg_size(resized_frame(data, 16, 0)) is None
 
@@ -149,7 +150,7 @@ def test_what_a_header_may_hold():
     frame = data.index(b"\xff\xc0")
     adobe = b"Adobe\0\x64\0\0\0\0"
     plain = [data, encoded(noise(20, 10, "L")), data + b"more", with_segment(data, 0xEE, adobe + b"\1")]
-    plain += [with_segment(data, 0xE2, b"ICC_PROFILE\0"), with_segment(data, 0xFE, b"\xff\xda\xff\xd9")]
+    plain += [with_segment(data, 0xE2, b"ICC_PROFILE\0\1\1profile"), with_segment(data, 0xFE, b"\xff\xda\xff\xd9")]
     assert [plain_jpeg_size(data) for data in plain] == [(10, 20)] * len(plain)
     surprises = [with_segment(data, 0xEE, adobe + b"\0"), with_segment(data, 0xEE, adobe + b"\2")]
     surprises += [with_segment(data, 0xEE, b"Adobe"), with_segment(data, 0xE2, b"MPF\0rest")]
@@ -168,7 +169,7 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(options):
     data = encoded(noise(90, 70), **options)
     for end in (*range(0, len(data), 97), len(data) - 2, len(data) - 1):
         assert plain_jpeg_size(data[:end]) is None
-        with pytest.raises(OSError):
+        with pytest.raises(ImageError):
             decode_image(data[:end], SQUARE, exact=False)
 
 
@@ -177,7 +178,7 @@ def test_what_torchvision_refuses_is_for_pillow_to_judge(monkeypatch):
     table = data.index(b"\xff\xc4")
     data[table + 5 : table + 21] = b"\xff" * 16  # more Huffman codes of each length than there can be
     assert is_fast(bytes(data), SQUARE) and images._decode_jpeg(bytes(data)) is None
-    with pytest.raises(OSError, match="broken data stream"):
+    with pytest.raises(ImageError, match="broken data stream"):
         decode_image(bytes(data), SQUARE, exact=False)
 
     def refuse(*args, **kwargs):
@@ -198,9 +199,9 @@ def test_awkward_files_are_taken_and_refused_as_before(realdata: Path, processor
         elif entry["decodes"]:
             assert_left_to_pillow(data, processor)
         else:
-            with pytest.raises((OSError, Image.DecompressionBombError)) as raised:
+            with pytest.raises((OSError, Image.DecompressionBombError)):
                 exact_pixels(data, processor)
-            with pytest.raises(raised.type):
+            with pytest.raises(ImageError):
                 decode_image(data, processor, exact=False)
     turned = {"Landscape_6.jpg", "Portrait_8.jpg"} | {f"hopper_orientation_{n}.jpg" for n in (3, 6, 8)}
     assert fast == turned | {"hopper_gray.jpg"}
