@@ -14,7 +14,7 @@ from common.console import UsageError, command
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from pipeline.evaluation import evaluate as module
-from pipeline.evaluation.evaluate import evaluate, parse_rows
+from pipeline.evaluation.evaluate import evaluate, find_images, parse_rows
 from pipeline.evaluation.questions import (
     SHORT_ANSWER,
     Answer,
@@ -198,7 +198,7 @@ def test_the_command_writes_scores_answers_and_the_baseline(world: Path, tmp_pat
         (["--baseline-rows", ":1"], 2, "--baseline-rows chooses from --baseline-data"),
         (["--model", "nowhere"], 1, "nowhere: no config.json"),
         (["--data", "nowhere.json"], 1, "nowhere.json: no such file"),
-        (["--images", "nowhere"], 1, "no such image, wanted by record 'row-"),
+        (["--images", "nowhere"], 1, "nowhere is not there; give a folder or a zip"),
     ],
 )
 def test_mistakes_are_named_in_one_line(world: Path, options: list[str], status: int, message: str) -> None:
@@ -213,3 +213,15 @@ def test_rows_are_named_like_slices() -> None:
     assert (parse_rows(None), parse_rows("2:5"), parse_rows(":3")) == (slice(None), slice(2, 5), slice(None, 3))
     with pytest.raises(UsageError, match="counted from the front"):
         parse_rows("-5:")
+
+
+def test_images_are_found_as_sharding_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    asked = [Question("7", "", ("a.jpg", "a.png"), "what?", "a")]
+    assert {path: entry.found_as for path, entry in find_images(asked, tmp_path).items()} == {
+        "a.jpg": "a.png",
+        "a.png": None,
+    }
+    for path, told in (("../a.png", "must be relative and stay under"), ("b.png", "b.png: no such image")):
+        with pytest.raises(ValueError, match=told):
+            find_images([Question("7", "", (path,), "what?", "a")], tmp_path)
