@@ -5,7 +5,8 @@
     tokenizer and processor files
     configuration_saisa.py, modeling_saisa.py, ...                the code: the folder needs no repository beside it
 
-A *base* lacks the projectors (training starts from it), an *export* has one for every layer. Everything is written to
+A *base* lacks the projectors (training starts from it), an *export* has one for every layer, and a row for the image
+token in embedding and head: whatever looks ids up finds it. Everything is written to
 `<folder>.part` and takes its name at the end, so a folder that exists is complete. Tensors come as an iterator and
 leave in shards, so that no model is ever whole in memory.
 """
@@ -13,7 +14,7 @@ leave in shards, so that no model is ever whole in memory.
 import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import GenerationConfig
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
+from model.hf.vision_saisa import stored_name
 
 CODE = Path(__file__).parent / "hf"
 AUTO_MAP = {
@@ -36,6 +38,7 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_saisa.SaisaImageProcessor",
 }
 PROJECTOR = ".mm_projector."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_hf_folder(
@@ -55,7 +58,8 @@ def write_hf_folder(
 
     Args:
         folder: must not exist, or be empty.
-        tensors: every weight by its Hugging Face name, in any order; taken one at a time.
+        tensors: every weight by its Hugging Face name, in any order; taken one at a time. The vocabulary has the rows
+            of the configuration.
         tokenizer: with `<image>` added (`add_image_token`).
         image_processor: a `SaisaImageProcessor`.
         chat_template: Jinja template that writes prompts as training does.
@@ -72,6 +76,8 @@ def write_hf_folder(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    if not is_base:
+        config, tensors = add_image_row(config, tensors)
     try:
         stored_dtype = _write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
         _write_config(part, config, tokenizer, stop_token, stored_dtype)
@@ -93,12 +99,37 @@ def weight_shapes(config: SaisaConfig, is_base: bool) -> dict[str, torch.Size]:
     with torch.device("meta"):
         state = SaisaForConditionalGeneration(copy.deepcopy(config)).state_dict()
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {name: tensor.shape for name, tensor in state.items() if not (is_base and PROJECTOR in name)}
+        del state[HEAD]
+    return {stored_name(name): tensor.shape for name, tensor in state.items() if not (is_base and PROJECTOR in name)}
+
+
+def add_image_row(
+    config: SaisaConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> tuple[SaisaConfig, Iterable[tuple[str, Tensor]]]:
+    """Returns the configuration and the weights with a row for the image token, if they have none.
+
+    The row says nothing: the model puts visual tokens in its place and never lets it be said. In the embedding it is
+    all ones, unlike any that is learned, so that placeholders are known by it; in the head it is zero.
+    """
+    num_rows = config.vocab_size
+    if (num_missing := config.image_token_id + 1 - num_rows) <= 0:
+        return config, tensors
+
+    def filled() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name in (EMBEDDING, HEAD) and tensor.shape[0] == num_rows:
+                row = tensor.new_full((num_missing, *tensor.shape[1:]), float(name == EMBEDDING))
+                yield name, torch.cat([tensor, row])
+            else:
+                yield name, tensor
+
+    config = copy.deepcopy(config)
+    config.vocab_size += num_missing
+    return config, filled()
 
 
 def add_image_token(tokenizer: Any, vocab_size: int) -> int:
-    """Returns the id of `<image>`, added to the tokenizer if need be. It has no row in the embedding, or an unused one.
+    """Returns the id of `<image>`, added to the tokenizer if need be. In the embedding it has an unused row, or none.
 
     Raises:
         ValueError: the tokenizer has tokens that the model cannot embed.
@@ -143,7 +174,7 @@ def _write_weights(
             raise ValueError(f"{name} is stored as {tensor.dtype}; quantised checkpoints are not supported")
         # A copy, because safetensors refuses tensors that share memory (one projector copied to every layer).
         shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        stored_dtype = shard[name].dtype if name == "model.embed_tokens.weight" else stored_dtype
+        stored_dtype = shard[name].dtype if name == EMBEDDING else stored_dtype
         shard_bytes += shard[name].nbytes
         total_bytes += shard[name].nbytes
         if shard_bytes >= max_shard_bytes:
@@ -181,7 +212,7 @@ def _write_config(part: Path, config: SaisaConfig, tokenizer: Any, stop_token: s
         bos_token_id=config.bos_token_id,
         eos_token_id=ends,
         pad_token_id=config.pad_token_id,
-        # Where the embedding has spare rows, `<image>` has a logit, which no training ever touched.
+        # The model never says it anyway; told here, what drafts tokens (prompt lookup) looks for others in time.
         suppress_tokens=[config.image_token_id] if config.image_token_id < config.vocab_size else None,
     ).save_pretrained(part)
 

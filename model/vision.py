@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from model.config import VisionConfig
 from model.flops import encoder_forward_flops
 from model.hf.configuration_saisa import SaisaConfig
-from model.hf.vision_saisa import VisionTower
+from model.hf.vision_saisa import VisionTower, stored_name
 from model.weights import read_safetensors
 
 PREFIX = "model.vision_tower."
@@ -33,7 +33,7 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     tower = VisionTower(config.vision_config, config.vision_select_layer)
     stored = read_safetensors(base, lambda name: name.startswith(PREFIX))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in stored}
-    missing = sorted(set(tower.state_dict()) - set(weights))
+    missing = sorted(set(map(stored_name, tower.state_dict())) - set(weights))
     if missing:
         raise ValueError(f"{base}: the vision encoder lacks {len(missing)} weights, such as {PREFIX}{missing[0]}")
     tower.load_state_dict(weights, strict=False)

@@ -24,7 +24,8 @@ class SaisaConfig(PretrainedConfig):
         vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
         projector_type: "mlp" (Linear, GELU, Linear) or "linear" (table 7 of the paper).
-        image_token_id: the id that stands for one visual token in `input_ids`. It is never embedded.
+        vocab_size: ids that the model knows; in an export `image_token_id` is one of them.
+        image_token_id: the id that stands for one visual token in `input_ids`. Its embedding is never used.
         eos_token_id: an id or a list of ids.
 
     Raises:

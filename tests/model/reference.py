@@ -19,8 +19,15 @@ def reference_logits(
     positions: Tensor,
     features: Tensor,
     visual_positions: Tensor,
+    trace: dict[str, list[Tensor]] | None = None,
 ) -> Tensor:
-    """Returns [t, V] for one sample: t text tokens at `positions`, features [i, C] at `visual_positions`."""
+    """Returns [t, V] for one sample: t text tokens at `positions`, features [i, C] at `visual_positions`.
+
+    A `trace` gets under "states" what goes into each layer and the final, normed state [t, D], and under "weights" the
+    attention weights [heads, t, i + t] of each layer, their keys in order of position.
+    """
+    trace = {} if trace is None else trace
+    trace |= {"states": [], "weights": []}
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + model.norm_epsilon) * weights[name]
@@ -40,6 +47,7 @@ def reference_logits(
     state = weights["model.embed_tokens.weight"][tokens]
     for i in range(model.num_layers):
         layer = f"model.layers.{i}."
+        trace["states"].append(state)
         if model.projector == "mlp":
             visual = apply(gelu(apply(features, f"{layer}mm_projector.0")), f"{layer}mm_projector.2")
         else:
@@ -53,13 +61,16 @@ def reference_logits(
         keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
         scores = torch.einsum("tnh,snh->nts", queries, keys) / math.sqrt(model.head_dim)
         scores = scores.masked_fill(positions[:, None] < key_positions[None, :], -math.inf)
-        gathered = torch.einsum("nts,snh->tnh", scores.softmax(-1), values).flatten(1)
+        attention = scores.softmax(-1)
+        trace["weights"].append(attention[:, :, key_positions.argsort()])
+        gathered = torch.einsum("nts,snh->tnh", attention, values).flatten(1)
         state = state + apply(gathered, f"{layer}self_attn.o_proj")
         x = norm(state, f"{layer}post_attention_layernorm.weight")
         state = state + apply(
             silu(apply(x, f"{layer}mlp.gate_proj")) * apply(x, f"{layer}mlp.up_proj"), f"{layer}mlp.down_proj"
         )
     state = norm(state, "model.norm.weight")
+    trace["states"].append(state)
     head = weights["model.embed_tokens.weight"] if model.tie_embeddings else weights["lm_head.weight"]
     return linear(state, head)
 

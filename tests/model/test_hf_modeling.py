@@ -4,72 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import CLIPVisionModel, DynamicCache, SiglipVisionModel
+from transformers import CLIPVisionModel, DynamicCache
 
-from model.config import model_config_from_hf
-from model.hf.configuration_saisa import SaisaConfig
-from model.hf.modeling_saisa import SaisaForConditionalGeneration
-from tests.hf_compat.tiny import SIZES, VISION, VOCAB, randomise
-from tests.model.reference import reference_logits
-
-IMAGE = VOCAB  # the id that stands for one visual token
-V = 4  # visual tokens of an image
-I = [IMAGE] * V  # noqa: E741
-# Text only, one image, an image first, images that touch, interleaved images, unequal lengths.
-ROWS = [[1, 5, 9, 9, 3], [1, *I, 7, 8], [*I, 7, 6, 5, 4, 3], [1, 8, *I, *I, 2, 2], [1, 4, *I, 4, 5, *I, 6, *I, 7, 8, 9]]
-NUM_IMAGES = [0, 1, 1, 2, 3]
-GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-def build(vision: str = "clip", **changes: Any) -> SaisaForConditionalGeneration:
-    encoder = VISION | {"model_type": f"{vision}_vision_model"}
-    config = SaisaConfig(**SIZES | {"image_token_id": IMAGE, "vision_config": encoder} | changes)
-    model = SaisaForConditionalGeneration(config)
-    randomise(model)
-    return model
-
-
-def pixels(num_images: int, seed: int = 3) -> Tensor | None:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_images, 3, 28, 28, generator=generator) if num_images else None
-
-
-def batch(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
-    width = max(map(len, rows))
-    pads = [[0] * (width - len(row)) for row in rows]
-    ids = [p + row if side == "left" else row + p for p, row in zip(pads, rows, strict=True)]
-    ones = [p + [1] * len(r) if side == "left" else [1] * len(r) + p for p, r in zip(pads, rows, strict=True)]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ones)}
-
-
-def all_pixels() -> Tensor:
-    images = pixels(sum(NUM_IMAGES))
-    assert images is not None
-    return images
-
-
-def own_pixels(row: int) -> Tensor | None:
-    return all_pixels().split(NUM_IMAGES)[row] if NUM_IMAGES[row] else None
-
-
-def reference(model: SaisaForConditionalGeneration, row: list[int], images: Tensor | None) -> Tensor:
-    """Returns logits [text tokens, V] from the equations, with features from transformers' own encoder."""
-    config = model.config
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    tower = "model.vision_tower."
-    kind = CLIPVisionModel if config.vision_config.model_type == "clip_vision_model" else SiglipVisionModel
-    encoder = kind(config.vision_config).eval()
-    encoder.load_state_dict({n.removeprefix(tower): t for n, t in model.state_dict().items() if n.startswith(tower)})
-    features = torch.zeros(0, VISION["hidden_size"], dtype=torch.float64)
-    if images is not None:
-        with torch.no_grad():
-            hidden = encoder(images, output_hidden_states=True).hidden_states[config.vision_select_layer]
-        features = (hidden[:, 1:] if kind is CLIPVisionModel else hidden).flatten(0, 1).double()
-    ids = torch.tensor(row)
-    text, visual = (ids != IMAGE).nonzero()[:, 0], (ids == IMAGE).nonzero()[:, 0]
-    return reference_logits(weights, model_config_from_hf(config), ids[text], text, features, visual)
-
+from model.hf.vision_saisa import stored_name
+from tests.model.hf_models import (
+    GREEDY,
+    IMAGE,
+    ROWS,
+    I,
+    V,
+    all_pixels,
+    batch,
+    build,
+    own_pixels,
+    pixels,
+    reference,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clip": {},
@@ -91,8 +41,9 @@ def test_logits_equal_the_equations(variant: str, side: str) -> None:
         mine = logits[number, -len(row) :] if side == "left" else logits[number, : len(row)]
         text = torch.tensor(row) != IMAGE
         # fp32 against fp64, logits of about 7: worst seen 1.4e-5
-        torch.testing.assert_close(mine[text].double(), expected, rtol=0, atol=1e-4)
-        assert not mine[~text].any(), "visual positions predict nothing"
+        torch.testing.assert_close(mine[text, :IMAGE].double(), expected, rtol=0, atol=1e-4)
+        assert not mine[~text, :IMAGE].any(), "visual positions predict nothing"
+        assert torch.all(mine[:, IMAGE] == -1e4), "and nobody predicts a visual token"
 
 
 def test_text_does_not_see_what_comes_later() -> None:
@@ -178,7 +129,7 @@ def test_loss_skips_what_follows_a_visual_token() -> None:
 
 
 def test_weights_are_named_as_in_the_release() -> None:
-    names = set(build(attention_bias=True).state_dict())
+    names = set(map(stored_name, build(attention_bias=True).state_dict()))
     layer = "model.layers.2."
     for name in ("mm_projector.0.bias", "mm_projector.2.weight", "self_attn.v_proj.bias", "mlp.gate_proj.weight"):
         assert layer + name in names
