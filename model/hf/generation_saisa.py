@@ -53,7 +53,7 @@ class SaisaGenerationMixin:
             elif past_key_values is None:
                 raise ValueError("generating from inputs_embeds needs the cache; leave use_cache=True")
         # A decoding step is one generated token; looking at it would make the host wait for the GPU.
-        if num_new > 1 or past_key_values is None:
+        if num_new > 1 or (isinstance(num_cached, int) and num_cached == 0):
             visual_BS = self.model.find_visual(inputs["input_ids"], inputs.get("inputs_embeds"))
             if bool(visual_BS[:, -1].any()):
                 raise ValueError(NEEDS_TEXT_LAST)
@@ -118,7 +118,7 @@ class SaisaGenerationMixin:
 def _num_new(num_cached: Any, num_total: int, hints: dict[str, Any]) -> int:
     """Returns how many slots the cache does not hold yet; without asking the GPU, if transformers has told."""
     if (told := hints.get("next_sequence_length")) is not None:
-        return told
+        return int(told)
     positions = hints.get("cache_position")
     if isinstance(num_cached, Tensor) and positions is not None and len(positions):
         return len(positions)

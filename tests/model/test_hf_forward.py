@@ -75,10 +75,11 @@ def test_embeddings_in_the_place_of_ids() -> None:
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
     with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
         model(**inputs)
-    old = build(vocab_size=IMAGE)  # an export of before, or a base
+    old: Any = build(vocab_size=IMAGE)  # an export of before, or a base
     with pytest.raises(ValueError, match="no embedding of the image token; pass input_ids beside inputs_embeds"):
         old(inputs_embeds=embeds, **inputs)
     assert old(ids, inputs_embeds=embeds, **inputs).logits.shape[-1] == IMAGE
+    assert old.generate(**batch(ROWS[:2]), pixel_values=pixels(1), max_new_tokens=2, pad_token_id=0).shape == (2, 9)
 
 
 def test_embeddings_get_gradients() -> None:
