@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 from rich.console import Console
 
 from common.console import UsageError, build_console, run
 from common.files import Location, open_file, open_location, write_whole
+from common.pages import render_page
 from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
 from data_prep.report_shard import Card, ReportTask, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
@@ -141,18 +141,11 @@ def render(
     rejects: Sequence[tuple[str, int, RejectLine]],
 ) -> str:
     """Returns the page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"shown": shown, "size": size_text, "percent_of": percent_text}
-    template = environment.get_template("report.html.jinja")
     seconds = (folder / "manifest.json").stat().st_mtime  # 0 where a store does not tell
     sources = source_rows(stats, manifest.sources.images.names)
-    return template.render(
+    return render_page(
+        Path(__file__).with_name("report.html.jinja"),
+        {"shown": shown, "size": size_text, "percent_of": percent_text},
         name=folder.name,
         manifest=manifest,
         dated=f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if seconds else "unknown date",

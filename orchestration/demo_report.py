@@ -4,9 +4,6 @@ Seeing and blind are the same model on the same questions, with the pictures and
 it reads from them.
 """
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from common.pages import image_url, render_page
 from pipeline.evaluation.questions import Answer, EvaluationResult
 
 STAGES = (("Stage 1: one shared projector", "#2a6fb0"), ("Stage 2: all projectors and the LLM", "#b0442a"))
@@ -91,18 +89,17 @@ def write_examples(
     """
     chosen = choose_examples(seeing, blind, num_examples)
     num_right = sum(answer.correct for answer, _ in chosen)
-    families = "".join(
-        f"<tr><td>{html.escape(name)}<td>{seen:.1%}<td>{unseen:.1%}" for name, seen, unseen in _scores(seeing, blind)
+    summary = (
+        f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without "
+        f"the picture. Below, {len(chosen)} of them, chosen without looking at the answers: {num_right} right."
     )
+    cards = [
+        {"answer": answer, "blind": unseen, "pictures": [_picture(images / name) for name in answer.question.images]}
+        for answer, unseen in chosen
+    ]
+    template = Path(__file__).with_name("demo_report.html.jinja")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        _PAGE.format(
-            summary=f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without "
-            f"the picture. Below, {len(chosen)} of them, chosen without looking at the answers: {num_right} right.",
-            families=families,
-            cards="\n".join(_card(answer, unseen, images) for answer, unseen in chosen),
-        )
-    )
+    out.write_text(render_page(template, summary=summary, scores=list(_scores(seeing, blind)), cards=cards))
 
 
 def print_scores(seeing: EvaluationResult, blind: EvaluationResult, console: Console) -> None:
@@ -161,65 +158,9 @@ def _draw_loss(axes: Axes, title: str, color: str, metrics: Sequence[dict]) -> N
     axes.legend(frameon=False, fontsize=9, loc="center right")
 
 
-def _card(answer: Answer, blind: Answer, images: Path) -> str:
-    question = answer.question
-    pictures = "".join(f'<img alt="" src="{_data_url(images / name)}">' for name in question.images)
-    pictures = pictures or '<p class="none">no picture</p>'
-    said, unseen = (
-        f'<dd class="{"right" if one.correct else "wrong"}">{html.escape(one.text) or "(nothing)"} '
-        f"{'&#10003;' if one.correct else '&#10007;'}"
-        for one in (answer, blind)
-    )
-    return (
-        f'<article class="{"" if answer.correct else "missed"}">{pictures}\n'
-        f"<h2>{html.escape(question.text)}</h2>\n"
-        f"<dl><dt>expected<dd>{html.escape(question.expected)}<dt>answer{said}<dt>blind{unseen}</dl></article>"
-    )
-
-
-def _data_url(file: Path) -> str:
-    """Returns a picture as a PNG inside a URL, enlarged if it is small."""
+def _picture(file: Path) -> str:
+    """Returns a picture as a URL of itself, enlarged if it is small."""
     with Image.open(file) as opened:
         picture = opened.convert("RGB")
     factor = max(1, -(-MIN_PICTURE_PIXELS // max(picture.size)))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SAISA demo: answers</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #f6f6f4; max-width: 1120px;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; margin: 0; }}
-table {{ border-collapse: collapse; margin: 1rem 0 1.5rem; }}
-th, td {{ padding: .2rem 1rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }}
-th {{ color: #777; font-weight: normal; }}
-th:first-child, td:first-child {{ text-align: left; }}
-tr:last-child td {{ border-top: 1px solid #bbb; font-weight: 600; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 1rem; }}
-article {{ background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem; }}
-article.missed {{ border-color: #c0392b; }}
-img {{ display: block; width: 100%; border: 1px solid #eee; border-radius: 4px; box-sizing: border-box; }}
-.none {{ color: #777; text-align: center; }}
-h2 {{ font-size: 1rem; font-weight: 600; margin: .8rem 0 .5rem; white-space: pre-line; }}
-dl {{ display: grid; grid-template-columns: 5.5rem 1fr; margin: 0; }}
-dt {{ color: #777; }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
-.right {{ color: #1d7a3a; }}
-.wrong {{ color: #c0392b; }}
-</style>
-<h1>What the demo's model answers</h1>
-<p>{summary}</p>
-<table><tr><th>questions<th>seeing<th>blind{families}</table>
-<main>
-{cards}
-</main>
-</html>
-"""
+    return image_url(picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST))

@@ -1,14 +1,13 @@
 """What one rank sees at a step, as text in spans and as a page: `describe`, `page`."""
 
-import base64
-import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
 from PIL import Image
 
+from common.pages import image_url, render_page
 from model.pack import IGNORE_INDEX
 from pipeline.data.batches import BatchSource, MicroBatch
 from pipeline.data.templates import Tokenizer
@@ -75,35 +74,12 @@ def marked(span: Span) -> tuple[str, str]:
     return (f"[{words}]", "green") if kind == "target" else (words, "magenta" if kind == "image" else "")
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{{ headline }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-pre { white-space: pre-wrap; font: inherit } img { height: 12rem; margin-right: .5rem }
-.target { background: #bdf5c0; color: #000 } .image { color: #a0a }
-</style>
-<h1>{{ headline }}</h1>
-<p>Marked words are the targets: what the model is trained to say.</p>
-{% for name, spans, images in samples %}
-<h2>{{ name }}</h2>
-{% for image in images %}<img src="data:image/png;base64,{{ image }}" alt="image {{ loop.index }}">{% endfor %}
-<pre>{% for kind, words in spans %}<span class="{{ kind }}">{{ words }}</span>{% endfor %}</pre>
-{% endfor %}
-"""
-
-
 def page(sources: list[BatchSource], step: int) -> str:
     """Returns a self-contained HTML page of what the ranks of `sources` see at a step."""
     samples: list[Any] = [
-        (name, spans, [png(image) for image in images])
+        (name, spans, [image_url(Image.fromarray(image)) for image in images])
         for source in sources
         for name, spans, images in describe(source, step)
     ]
-    template = Environment(autoescape=True).from_string(PAGE)
-    return template.render(headline=headline(sources[0], step), samples=samples)
-
-
-def png(image_HW3: np.ndarray) -> str:
-    """Returns an image as a base64 PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(image_HW3).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
+    template = Path(__file__).with_name("preview.html.jinja")
+    return render_page(template, headline=headline(sources[0], step), samples=samples)

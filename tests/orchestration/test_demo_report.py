@@ -60,7 +60,7 @@ def test_the_page_shows_what_was_said_and_needs_no_other_file(images: Path) -> N
     write_examples(SEEING, BLIND, images, images / "page.html", num_examples=6)
     page = (images / "page.html").read_text()
     assert page.count("<article") == 6
-    assert page.count('class="missed"') == 2
+    assert page.count('<article class="card missed">') == 2
     assert "66.7% of 6 questions right, 16.7% without the picture" in page
     assert "&lt;i&gt;" in page and "<i>" not in page and "Is &lt;b&gt; 0?" in page
     assert not re.search(r'src="(?!data:)|href=', page)

@@ -55,7 +55,7 @@ def test_the_page_holds_the_pixels_of_the_batch(stage2):
     for data, expected in zip(drawn, pixels, strict=True):
         with Image.open(io.BytesIO(data)) as image:
             assert np.array_equal(np.asarray(image), expected.numpy())
-    assert "http" not in html
+    assert "://" not in html and "default-src 'none'" in html
 
 
 def test_the_command_prints_every_rank_or_one(world, tmp_path):
