@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from common.files import named_errors
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
@@ -70,6 +71,7 @@ def write_hf_folder(
 
     Raises:
         ValueError: the folder is not empty; weights are missing, unknown, twice there, or of another shape.
+        OSError: a file could not be written; nothing is left.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
@@ -80,15 +82,17 @@ def write_hf_folder(
         config, tensors = add_image_row(config, tensors)
     try:
         stored_dtype = _write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
-        _write_config(part, config, tokenizer, stop_token, stored_dtype)
+        with named_errors(part):
+            _write_config(part, config, tokenizer, stop_token, stored_dtype)
         if stop_token is not None and not is_base:
             # lmms-eval, among others, stops at the tokenizer's EOS and nothing else.
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.eos_token = stop_token
-        _write_processor(part, SaisaProcessor(image_processor, tokenizer, config.num_image_tokens, chat_template))
-        for file in sorted(CODE.glob("*_saisa.py")):
-            shutil.copyfile(file, part / file.name)
-        part.replace(folder)
+        with named_errors(part):
+            _write_processor(part, SaisaProcessor(image_processor, tokenizer, config.num_image_tokens, chat_template))
+            for file in sorted(CODE.glob("*_saisa.py")):
+                shutil.copyfile(file, part / file.name)
+            part.replace(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -159,7 +163,9 @@ def _write_weights(
 
     def flush() -> None:
         nonlocal shard, shard_bytes
-        save_file(shard, part / f"shard-{len(names_of_shards)}.safetensors", metadata={"format": "pt"})
+        file = part / f"shard-{len(names_of_shards)}.safetensors"
+        with named_errors(file):  # safetensors' own error is none of the system's
+            save_file(shard, file, metadata={"format": "pt"})
         names_of_shards.append(list(shard))
         shard, shard_bytes = {}, 0
 
@@ -191,7 +197,8 @@ def _write_weights(
         (part / f"shard-{number}.safetensors").rename(part / file)
         weight_map |= dict.fromkeys(names, file)
     index = part / "model.safetensors.index.json"
-    _write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    with named_errors(index):
+        _write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     for file in part.glob("*.safetensors"):
         shutil.copymode(index, file)  # safetensors lets only the owner read
     return stored_dtype

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from common.console import describe
 from pipeline.checkpoint.checkpoint import restore_checkpoint
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import export
 from pipeline.state import build
+from tests.full_disk import no_file_larger_than
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,10 @@ def test_the_exported_folder_answers_questions(world, exported):
 def test_an_existing_folder_is_not_overwritten(stage2, exported):
     with pytest.raises(ValueError, match="exists and is not empty"):
         export(find_checkpoint(stage2.run_dir), exported)
+
+
+def test_an_export_that_finds_no_room_is_one_line_and_leaves_nothing(stage2, tmp_path):
+    with no_file_larger_than(20_000), pytest.raises(OSError) as error:
+        export(find_checkpoint(stage2.run_dir), tmp_path / "out")
+    assert f"{tmp_path}/out.part/shard-0.safetensors: File too large; no file may" in describe(error.value)
+    assert not list(tmp_path.iterdir())
