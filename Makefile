@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-gpu soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
+.PHONY: help setup demo test test-gpu bench-gpu mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -41,8 +41,12 @@ test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU
 bench-gpu: setup ## [ARGS="--json numbers.json"]: a layer against LLaVA's, attention kernels, FP8 and MFU at 7B widths, on one GPU
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-soak: setup ## longer proofs: slow tests, kill loops (half an hour)
+mutants: setup ## [ARGS="--only pipeline/step"]: plants one-line mistakes in a copy of the code; each must fail a test (20 minutes)
+	$(PYTHON) -m tests.mutants $(ARGS)
+
+soak: setup ## longer proofs: slow tests, kill loops, mutants (an hour)
 	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m tests.mutants
 	$(PYTHON) -m tests.soak.kill_shards $(ARGS)
 	$(PYTHON) -m tests.soak.share_cache $(ARGS)
 	$(PYTHON) -m tests.soak.kill_training $(ARGS)

@@ -119,3 +119,16 @@ def test_finished_means_that_every_file_is_there_and_none_has_grown(tmp_path: Pa
     assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) == manifest
     (tmp_path / missing).unlink()
     assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) is None
+
+
+@pytest.mark.parametrize("missing", ["shard-000002.tar", "shard-000002.json"])
+def test_finished_means_that_shards_are_there_of_which_every_row_was_refused(tmp_path: Path, missing: str) -> None:
+    """The index does not list them."""
+    output.prepare(tmp_path, plan_of({"seed": 0}, "dates"))
+    for shard in (EARLY, EMPTY):
+        (tmp_path / f"{shard.name}.tar").write_bytes(bytes(shard.tar_bytes))
+        (tmp_path / f"{shard.name}.json").write_bytes(bytes(shard.sidecar_bytes))
+    manifest = output.finalize(tmp_path, PLAN, [EARLY, EMPTY], Scan(num_rows=6), ORIGIN)
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) == manifest
+    (tmp_path / missing).unlink()
+    assert output.finished(tmp_path, plan_of({"seed": 0}, "dates")) is None

@@ -87,15 +87,13 @@ def build(model: ModelConfig, shared_projector: bool = False) -> SaisaModel:
 
 def reference_total(weights: dict[str, Tensor], model: ModelConfig, pack: Pack, features: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    text = visual = 0
+    text = visual = image = 0
     for num_text, num_images in zip(pack.text_lengths, pack.image_counts, strict=True):
         rows, seen = slice(text, text + num_text), slice(visual, visual + num_images * V)
         text, visual = rows.stop, seen.stop
-        visual_positions, positions, tokens = (
-            pack.visual_positions_I[seen],
-            pack.positions_T[rows],
-            pack.token_ids_T[rows],
-        )
+        starts, image = pack.image_positions[image : image + num_images].tolist(), image + num_images
+        visual_positions = torch.tensor([start + i for start in starts for i in range(V)], dtype=torch.long)
+        positions, tokens = pack.positions_T[rows], pack.token_ids_T[rows]
         logits = reference_logits(weights, model, tokens, positions, features[seen].double(), visual_positions)
         total = total + reference_loss(logits, pack.targets_T[rows])
     return total

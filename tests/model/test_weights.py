@@ -24,6 +24,14 @@ def test_every_weight_survives_the_round_trip(changes):
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
+def test_what_fills_up_a_vocabulary_stays_here():
+    model = tiny()
+    assert model.vocab_size % 128
+    for name, theirs in [("embedding.weight", "model.embed_tokens.weight"), ("output.weight", "lm_head.weight")]:
+        ((found, rows),) = to_hf([(name, torch.arange(128.0)[:, None])], name_table(model))
+        assert found == theirs and rows.flatten().tolist() == [*range(model.vocab_size)]
+
+
 def test_stage_2_starts_from_n_copies_of_the_shared_projector():
     model = tiny()
     shared = dict(random_projector(model, "shared_projector.", seed=3))

@@ -55,7 +55,7 @@ def test_stage_2_trains_everything_but_the_encoder(world, stage2):
     assert not any("vision" in name for name in stored)
 
 
-def test_a_killed_run_continues_with_bit_identical_losses(stage2, tmp_path, monkeypatch):
+def test_a_killed_run_continues_with_bit_identical_losses(stage2, tmp_path, monkeypatch, capsys):
     config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
     real_step = training.train_step
 
@@ -70,7 +70,9 @@ def test_a_killed_run_continues_with_bit_identical_losses(stage2, tmp_path, monk
     shutdown_distributed()
     (config.run_dir / "checkpoints/step-00000006.part").mkdir()  # what a kill in the middle of a save leaves
     monkeypatch.setattr(training, "train_step", real_step)
+    capsys.readouterr()
     train(config)
+    assert "from step 4; run folder" in capsys.readouterr().out, "to start anew gives the same losses too"
     assert losses(config.run_dir) == losses(stage2.run_dir)
     assert [step["step"] for step in read_metrics(config.run_dir)] == [1, 2, 3, 4, 5, 6]
 

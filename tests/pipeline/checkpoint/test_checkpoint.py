@@ -200,12 +200,16 @@ def test_checkpoints_keep_the_scales_of_delayed_fp8(stage2, tmp_path, monkeypatc
     ]
     for number, layer in enumerate(layers):
         layer.scales = torch.tensor([number], dtype=torch.uint8)
+    torch.manual_seed(11)
+    random_state = torch.get_rng_state()
     with CheckpointWriter(tmp_path, state.run, {"config": {}}, 1, False, print) as writer:
         writer.save(3, sharded_state(state.stages, state.optimizer, state.groups))
+    torch.manual_seed(12)
     for layer in layers:
         layer.scales = torch.tensor([], dtype=torch.uint8)
     checkpoint = find_checkpoint(tmp_path)
     assert restore_checkpoint(checkpoint, state.run, state.stages, state.optimizer, state.groups) == 3
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.cat([cast(Tensor, layer.scales) for layer in layers]).tolist() == [*range(2 * 7 + 1)]
     assert not any("extra" in name for name in load_trained_parameters(checkpoint))
     assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE" not in os.environ

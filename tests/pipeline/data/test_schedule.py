@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.flops import training_flops
 from pipeline.config import RunConfig, load_config
 from pipeline.data.lengths import LengthTable
 from pipeline.data.order import Source, order
@@ -12,6 +13,7 @@ from pipeline.data.schedule import Schedule, _order
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "saisa-vicuna-7b-stage2.yaml"
 SIZES = (70, 30, 50, 1, 49) * 4
+COSTS = ("num_text", "num_images", "num_targets")
 
 
 def config(**changes: object) -> RunConfig:
@@ -64,6 +66,10 @@ def test_packs_keep_both_budgets_and_counts_add_up():
         assert plan.counts.num_samples + plan.counts.num_skipped == len(planned.samples(step))
         assert plan.counts.num_targets == lengths.column("num_targets")[planned.samples(step)].sum()
         assert plan.counts.imbalance_fraction < 0.1
+        sizes = zip(*(lengths.column(name)[held(plan)].tolist() for name in COSTS), strict=True)
+        model, phase = planned.config.model, planned.config.phase
+        flops = [training_flops(model, phase, text, images * 576, targets) for text, images, targets in sizes]
+        assert plan.counts.training_flops == sum(flops)
     skipped = [number for step in range(planned.num_steps) for number in planned.plan(step).skipped]
     assert sorted(skipped) == [5, 77]
 

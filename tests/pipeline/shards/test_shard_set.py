@@ -1,8 +1,10 @@
 """Reading by number: the samples of the tars, from a folder and through a cache, by any process and thread."""
 
+import io
 import json
 import os
 import pickle
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset.compat import WebDataset
 
 import pipeline.shards.shard_cache
+from data_prep.tar_writer import tar_sample
 from pipeline.distributed import worker_context
 from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.tar_reader import split_members
 from tests.s3_server import Bucket
 from tests.shard_sets import LONG_ANSWER, NUM_SAMPLES
 
@@ -48,6 +52,16 @@ def test_samples_by_number_are_the_samples_of_the_tars(shard_folder):
     assert len(shards) == NUM_SAMPLES == sum(shards.shard_sizes) and len(shards.shard_sizes) > 5
     assert everything(shards) == streamed
     assert sorted(len(members) for members in streamed)[:2] == [1, 2]  # one record has no image
+
+
+def test_members_are_those_that_tarfile_finds_whatever_their_size():
+    """A member of whole blocks has no padding behind it."""
+    members = {f"{size}.bin": b"x" * size for size in (0, 1, 511, 512, 513, 1024, 1025)}
+    blocks = tar_sample("000000001", members.items())
+    with tarfile.open(fileobj=io.BytesIO(blocks)) as tar:
+        found = {member.name: tar.extractfile(member) for member in tar}
+    assert split_members(blocks) == members
+    assert {name.partition(".")[2]: file.read() for name, file in found.items() if file} == members
 
 
 @pytest.mark.parametrize("through", ["in place", "cache", "ranges"])

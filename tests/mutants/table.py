@@ -1,0 +1,383 @@
+"""The mistakes of `make mutants`, by file: `(old, new, tests)`.
+
+`old` stands in the file once; with `new` in its place, one of `tests` must fail: names of pytest under `tests/`,
+as few as notice, with ", " between them. What changes nothing (another order of a sum, a bound that is never met) is no
+mistake, and does not belong here.
+"""
+
+TORCH = "pipeline/test_against_torch.py"
+STEP = "pipeline/test_step.py"
+TRAIN = "pipeline/test_train.py"
+KILLED = f"{TRAIN}::test_a_killed_run_continues_with_bit_identical_losses"
+SPLIT = "pipeline/test_parallel.py::test_a_divided_run_is_the_run_of_one_process"
+BATCHES = "pipeline/data/test_batches.py"
+SCHEDULE = "pipeline/data/test_schedule.py"
+ORDER = "pipeline/data/test_order.py"
+PACKING = "pipeline/data/test_packing.py"
+SAMPLES = "pipeline/data/test_samples.py"
+TEMPLATES = "pipeline/data/test_templates.py"
+CHECKPOINT = "pipeline/checkpoint/test_checkpoint.py"
+INTEGRITY = "pipeline/checkpoint/test_integrity.py::test_every_process_learns_what_any_of_them_found[1]"
+SHARD_SET = "pipeline/shards/test_shard_set.py"
+DAMAGE = "pipeline/shards/test_stream_damage.py"
+SAISA = "model/test_saisa.py"
+PLAN = "data_prep/test_plan.py"
+SHARD_TASK = "data_prep/test_shard_task.py"
+LISTINGS = "data_prep/test_verify.py::test_one_flipped_bit_anywhere_in_a_listing_names_it"
+VERIFY = "data_prep/test_verify.py::test_damage_is_named_and_the_advice_repairs_it"
+
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "pipeline/optimizer.py": [
+        ("adam_beta1=optim.adam_beta1", "adam_beta1=0.9", TORCH),
+        ("adam_beta2=optim.adam_beta2", "adam_beta2=0.999", TORCH),
+        ("adam_eps=optim.adam_epsilon", "adam_eps=1e-8", TORCH),
+        ("weight_decay=optim.weight_decay", "weight_decay=0.0", TORCH),
+        ("clip_grad=optim.clip_grad_norm", "clip_grad=0.0", TORCH),
+        ("math.ceil(num_steps", "math.floor(num_steps", TORCH),
+        ("optim.learning_rate * step / num_warmup", "optim.learning_rate", TORCH),
+        ("math.cos(math.pi * progress)", "math.cos(progress)", TORCH),
+        ("or name.startswith(SHARED)", "or True", TORCH),
+        ('["step"] = torch.tensor(step)', '["step"] = torch.tensor(0.0)', KILLED),
+    ],
+    "pipeline/step.py": [
+        ('group["lr"] = rate', "pass", TORCH),
+        ("chunk.zero_grad_buffer()", "pass", TORCH),
+        ("total / batch.counts.num_targets", "total / batch.counts.num_samples", TORCH),
+        ("torch.tensor(losses.numel(),", "torch.tensor(1,", TORCH),
+        ("total = losses.sum()", "total = losses.mean()", TORCH),
+        ("state.source.image_processor.normalize(", "torch.Tensor.float(", STEP),
+        ("rows_of_pack(part.to", "rows_of_pack(part.flip(0).to", STEP),
+        (" + batch.counts.num_images * state.flops_per_image", "", STEP),
+        ("- started + wait_seconds", "- started", STEP),
+        ("if sums and state.groups.tp.rank() == 0:", "if sums:", f"{SPLIT}[pretrain-TP2]"),
+        ("torch.distributed.all_reduce(values)", "pass", f"{SPLIT}[pretrain-DP2]"),
+        (
+            "if not math.isfinite(loss):",
+            "if False:",
+            f"{TRAIN}::test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps",
+        ),
+    ],
+    "pipeline/loop.py": [
+        ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),
+        (
+            "is_last = state.step == state.source.num_steps",
+            "is_last = False",
+            f"{TRAIN}::test_stage_1_stores_what_it_trains_and_nothing_else",
+        ),
+        ("save_every_steps == 0 or", "save_every_steps == 1 or", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
+        (
+            "or is_last or state.is_stopping",
+            "or is_last",
+            f"{TRAIN}::test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on",
+        ),
+        ("yield batch, time.monotonic() - started", "yield batch, 0.0", STEP),
+        (
+            "raise SystemExit(STATUS)",
+            "return",
+            f"{TRAIN}::test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on",
+        ),
+        ("restore(state)\n", "pass\n", KILLED),
+    ],
+    "pipeline/stop.py": [
+        (
+            "return self._was_signalled or self.by_file()",
+            "return self.by_file()",
+            f"{TRAIN}::test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on",
+        ),
+    ],
+    "pipeline/metrics.py": [
+        ("self.step_seconds / self.num_processes", "self.step_seconds", "pipeline/test_metrics.py"),
+        ('["step"] <= step', '["step"] < step', "pipeline/test_metrics.py"),
+        ("num_padding_tokens / num_rows", "num_padding_tokens", "pipeline/test_metrics.py"),
+    ],
+    "pipeline/data/order.py": [
+        ("PCG64([seed, epoch])", "PCG64([seed, 0])", ORDER),
+        ('side="right") - 1', 'side="left") - 1', ORDER),
+        ("return -(-num_samples // global_batch_size)", "return num_samples // global_batch_size", ORDER),
+        ("slice(batch * global_batch_size,", "slice(batch * global_batch_size - batch,", ORDER),
+        ("turn[i : i + shards_in_use]", "turn[i : i + shards_in_use - 1]", ORDER),
+        ("pieces += whole * int(source.repeat)", "pieces += whole", ORDER),
+    ],
+    "pipeline/data/schedule.py": [
+        ("config.train.seed, epoch,", "config.train.seed, 0,", SCHEDULE),
+        ('fit = values["text"] > 0', 'fit = values["text"] >= 0', SCHEDULE),
+        ("ranks = deal_samples(flops,", "ranks = deal_samples([1] * len(flops),", SCHEDULE),
+        ("num_skipped=len(numbers) - len(kept)", "num_skipped=0", SCHEDULE),
+        ("data.max_images_per_pack)", "10**6)", SCHEDULE),
+        ("training_flops=sum(flops)", "training_flops=max(flops)", SCHEDULE),
+        ("part.start + num_samples)]", "num_samples)]", SCHEDULE),
+    ],
+    "pipeline/data/packing.py": [
+        ("if text <= free_text and images", "if images", PACKING),
+        ("room[i] = (free_text - text, free_images - images)", "room[i] = (free_text - text, free_images)", PACKING),
+        ("heapq.heappush(load, (work + costs[i], rank))", "heapq.heappush(load, (work + 1, rank))", PACKING),
+        ("return max(1, -(-num_rows // multiple))", "return -(-num_rows // multiple)", PACKING),
+        ("-(-num_rows // multiple)) * multiple", "num_rows // multiple) * multiple", PACKING),
+    ],
+    "pipeline/data/samples.py": [
+        ("np.cumsum(widths) - widths", "np.cumsum(widths) - 1", SAMPLES),
+        ("~is_image & (positions < max_positions)", "~is_image & (positions <= max_positions)", SAMPLES),
+        ("np.concatenate([labels[1:], [IGNORE_INDEX]])", "labels", SAMPLES),
+        ("np.concatenate([text[1:], [False]])", "np.ones_like(text)", SAMPLES),
+        ("is_image & (positions < positions[text][-1])", "is_image", SAMPLES),
+        ("text & previous_is_image & (labels", "text & (labels", SAMPLES),
+    ],
+    "pipeline/data/templates.py": [
+        ("return ids.index(end_id, start) + 1", "return ids.index(end_id, start)", TEMPLATES),
+        ("        start = stop\n", "", TEMPLATES),
+        ("if text.count(IMAGE_TOKEN) != 1:", "if True:", TEMPLATES),
+        ("labels[answer:stop] =", "labels[start:stop] =", TEMPLATES),
+    ],
+    "pipeline/data/batches.py": [
+        ("self.config.data.exact_images)", "False)", f"{BATCHES}::test_exact_images_are_pillows_own"),
+        ("data.cache, data.cache_limit)", "data.cache)", f"{BATCHES}::test_the_cache_of_a_run_keeps_its_limit"),
+        ("(self.coordinates.mp_rank - num_images_before)", "self.coordinates.mp_rank", f"{SPLIT}[finetune-TP2]"),
+        (
+            "[IGNORE_INDEX] * num_padding",
+            "[0] * num_padding",
+            f"{BATCHES}::test_padding_rows_have_no_target_and_stand_alone",
+        ),
+        (
+            "self._ends[part] - len(self.sets[part])",
+            "self._ends[part]",
+            f"{BATCHES}::test_ranks_share_out_the_batch_of_one",
+        ),
+        ("part.repeat) for s", "1.0) for s", f"{BATCHES}::test_a_mixture_repeats_and_halves_its_sources"),
+        (
+            "self.num_steps = schedule.num_steps",
+            "self.num_steps = schedule.num_steps - 1",
+            f"{BATCHES}::test_an_epoch_has_every_sample_once_and_counts_add_up",
+        ),
+    ],
+    "pipeline/data/lengths.py": [
+        ("int(start) + n: text", "n: text", "pipeline/data/test_lengths.py"),
+    ],
+    "pipeline/checkpoint/checkpoint.py": [
+        ("torch.set_rng_state(", "(lambda *_: None)(", CHECKPOINT),
+        (
+            "if other.name > checkpoint.name]",
+            "if other.name >= checkpoint.name]",
+            f"{TRAIN}::test_a_damaged_checkpoint_is_named",
+        ),
+        ('if resume == "auto":', "if False:", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
+    ],
+    "pipeline/checkpoint/integrity.py": [
+        ("return _digest(file) == digest", "return file.exists()", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
+        ("sorted(expected)[rank::num_ranks]", "sorted(expected)[rank + 1 :: num_ranks]", INTEGRITY),
+    ],
+    "pipeline/checkpoint/run_info.py": [
+        ("if was.get(name) != value]", "if False]", f"{TRAIN}::test_a_checkpoint_of_another_run_is_refused"),
+    ],
+    "pipeline/checkpoint/writer.py": [
+        (
+            "[: -self.keep_last]",
+            "[: -self.keep_last - 1]",
+            f"{CHECKPOINT}::test_a_folder_that_cannot_be_removed_does_not_end_a_run",
+        ),
+        ("part.rename(folder)\n", "pass\n", f"{CHECKPOINT}::test_a_checkpoint_has_all_its_tensors"),
+    ],
+    "pipeline/state.py": [
+        ("groups.dp.rank(), groups.dp.size(),", "0, groups.dp.size(),", f"{SPLIT}[pretrain-DP2]"),
+    ],
+    "pipeline/start.py": [
+        ("tp_group.rank(), tp_group.size())", "0, tp_group.size())", f"{SPLIT}[pretrain-TP2]"),
+    ],
+    "pipeline/shards/tar_reader.py": [
+        (
+            "if crc32(data) != slots.checksums[idx]:",
+            "if False:",
+            f"{DAMAGE}::test_damage_in_the_cache_is_healed_after_a_restart",
+        ),
+        ("start = end + -end % BLOCK_BYTES", "start = end + BLOCK_BYTES - end % BLOCK_BYTES", SHARD_SET),
+    ],
+    "pipeline/shards/shard_set.py": [
+        (
+            "shard = bisect_right(self._ends, number)",
+            "shard = bisect_right(self._ends, number + 1)",
+            f"{SHARD_SET}::test_samples_by_number_are_the_samples_of_the_tars",
+        ),
+    ],
+    "pipeline/shards/shard_cache.py": [
+        (
+            "if excess > 0 and path not in keep:",
+            "if excess > 0:",
+            f"{SHARD_SET}::test_the_least_recently_used_shard_makes_way",
+        ),
+        (
+            "make_room(self.root, limit - num_bytes, keep)",
+            "make_room(self.root, limit, keep)",
+            f"{SHARD_SET}::test_the_least_recently_used_shard_makes_way",
+        ),
+    ],
+    "model/pack.py": [
+        ("return [t[:, None] >= torch.cat([v, t])", "return [t[:, None] > torch.cat([v, t])", SAISA),
+        ("self.image_positions[:, None] + steps", "self.image_positions[:, None] + 0 * steps", SAISA),
+        (
+            "torch.cat([self.visual_positions_I, self.positions_T])",
+            "torch.cat([self.positions_T, self.visual_positions_I])",
+            SAISA,
+        ),
+        ("BEHIND_ALL_TEXT = 1 << 20", "BEHIND_ALL_TEXT = 0", "model/test_segments.py, model/test_attention.py"),
+    ],
+    "model/segments.py": [
+        (
+            "visual_end_T=images_before_T * num_tokens_per_image",
+            "visual_end_T=(images_before_T + 1) * num_tokens_per_image",
+            "model/test_segments.py",
+        ),
+        (
+            "first_text = np.cumsum(counts) - counts, np.cumsum(lengths) - lengths",
+            "first_text = np.cumsum(counts) - counts, np.cumsum(lengths)",
+            "model/test_segments.py",
+        ),
+        (" | (np.diff(ranges.text_start_T) != 0)", "", "model/test_segments.py"),
+        ("[visual_starts, text_starts + ranges.num_visual]", "[visual_starts, text_starts]", "model/test_segments.py"),
+    ],
+    "model/attention.py": [
+        (
+            "visual, text = x_SGH.split([sum(pack.visual_lengths)",
+            "visual, text = x_SGH.flip(0).split([sum(pack.visual_lengths)",
+            SAISA,
+        ),
+        ("torch.cat([-second, first], dim=-1)", "torch.cat([second, first], dim=-1)", SAISA),
+        ("theta**-exponents", "theta**exponents", SAISA),
+        (
+            "key_expansion(pack) > MAX_KEY_EXPANSION",
+            "key_expansion(pack) < MAX_KEY_EXPANSION",
+            "model/test_attention.py",
+        ),
+    ],
+    "model/saisa.py": [
+        ("cos_S1H[num_visual:], sin_S1H[num_visual:]", "cos_S1H[: len(q_TNH)], sin_S1H[: len(q_TNH)]", SAISA),
+        ("self.input_norm(visual_ID), pack", "visual_ID, pack", SAISA),
+        ("self.fc2(gelu(self.fc1(features_IC)[0]))[0]", "self.fc2(self.fc1(features_IC)[0])[0]", SAISA),
+        ("pack.targets_T[is_target_T], tp_group", "pack.targets_T[is_target_T].flip(0), tp_group", SAISA),
+        ('return logits_TV.masked_fill(is_padding_V, float("-inf"))', "return logits_TV", SAISA),
+        (".shared = not is_first", ".shared = False", f"{SPLIT}[pretrain-PP2]"),
+        ("tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True", f"{SPLIT}[finetune-TP2 sequence]"),
+    ],
+    "model/compute.py": [
+        ("calculate_per_token_loss=True", "calculate_per_token_loss=False", TORCH),
+        ("layernorm_epsilon=model.norm_epsilon", "layernorm_epsilon=1e-3", SAISA),
+        ("config.has_cond_embedder = shared_projector", "config.has_cond_embedder = False", f"{SPLIT}[pretrain-PP2]"),
+    ],
+    "model/vision.py": [
+        ("return torch.cat(windows)[:num_images]", "return torch.cat(windows)", "model/test_vision.py"),
+        (".transpose(0, 1).flatten(0, 1))", ".flatten(0, 1))", "model/test_vision.py"),
+    ],
+    "model/hf/vision_saisa.py": [
+        (
+            "return x_NKC[:, 1:] if self.is_clip else x_NKC",
+            "return x_NKC[:, :-1] if self.is_clip else x_NKC",
+            f"{STEP}, model/test_import_hf.py",
+        ),
+        (
+            "config.num_hidden_layers + 1 + select_layer",
+            "config.num_hidden_layers + select_layer",
+            f"{STEP}, model/test_import_hf.py",
+        ),
+    ],
+    "model/hf/image_processing_saisa.py": [
+        ("(images.float() / scale - mean) / std", "(images.float() / scale - mean)", "model/test_image_processing.py"),
+        ("(width - crop_width) // 2, (height", "(width - crop_width), (height", "model/test_image_processing.py"),
+    ],
+    "model/weights.py": [
+        (
+            'mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight',
+            'mlp.up_proj.weight", f"{theirs}mlp.gate_proj.weight',
+            SAISA,
+        ),
+        ("keys_values, model.num_query_groups)", "keys_values, 1)", SAISA),
+        ("tensor.chunk(tp_size, dim)[tp_rank]", "tensor.chunk(tp_size, dim)[0]", f"{SPLIT}[pretrain-TP2]"),
+        ("whole.chunk(2) if name.endswith(GATED) else (whole,)", "(whole,)", f"{SPLIT}[pretrain-TP2]"),
+        ("return [joined[: self.num_rows]]", "return [joined]", "model/test_weights.py"),
+        ("for i in range(num_layers):", "for i in range(num_layers - 1):", "model/test_weights.py"),
+        ("missing.discard(name)", "missing.clear()", "model/test_weights.py"),
+    ],
+    "model/parallel.py": [
+        ("range(pp_rank, len(layers), pp)", "range(pp_rank, len(layers), 1)", "model/test_parallel.py"),
+        ("last_cost if stage == num_stages - 1 else 0", "0", "model/test_parallel.py"),
+        ("if VOCABULARY_MULTIPLE % tp == 0]", "]", "model/test_parallel.py"),
+    ],
+    "model/flops.py": [
+        ("num_query_gradients = n if is_trained else n - 1", "num_query_gradients = n", "model/test_flops.py"),
+        (
+            "attention=2 * 2 * num_text * num_keys * queries",
+            "attention=2 * num_text * num_keys * queries",
+            "model/test_flops.py",
+        ),
+    ],
+    "data_prep/plan.py": [
+        ("and total + size > shard_bytes", "and total > shard_bytes", PLAN),
+        ("start, total = position, 0", "start, total = position, size", PLAN),
+        ("if not settings.shuffle:", "if settings.shuffle:", PLAN),
+        ("PCG64(settings.seed)", "PCG64(0)", PLAN),
+        ("if entry is None:", "if False:", PLAN),
+    ],
+    "data_prep/records.py": [
+        ("if num_tokens != len(paths):", "if num_tokens < len(paths):", "data_prep/test_records.py"),
+        ('or ".." in path.split("/")', "", "data_prep/test_records.py"),
+    ],
+    "data_prep/tar_writer.py": [
+        (
+            "bytes(-len(content) % BLOCK_BYTES)",
+            "bytes(BLOCK_BYTES - len(content) % BLOCK_BYTES)",
+            "data_prep/test_tar_writer.py",
+        ),
+    ],
+    "data_prep/shard_task.py": [
+        ("return receipt if derived == receipt else None", "return receipt", SHARD_TASK),
+        ("if receipt and receipt != sidecar:", "if False:", SHARD_TASK),
+        ("rejects.append(refuse(row.index, value, problem)._asdict())", "pass", SHARD_TASK),
+    ],
+    "data_prep/output.py": [
+        (
+            'present.keys() >= others and present.get("rejects.jsonl")',
+            'present.get("rejects.jsonl")',
+            "data_prep/test_output.py",
+        ),
+        ("            if shard.num_samples\n", "", "data_prep/test_output.py"),
+    ],
+    "data_prep/shard_names.py": [
+        ("if tar in seen:", "if False:", "data_prep/test_shard_names.py"),
+        ("if not found:", "if found is None and not isinstance(tar, str):", "data_prep/test_shard_names.py"),
+    ],
+    "data_prep/listings.py": [
+        ("if manifest.index not in (None, file_digest(data)):", "if False:", LISTINGS),
+        ("return data[-64 - END_BYTES : -END_BYTES] == _own_digest(data).encode()", "return True", LISTINGS),
+    ],
+    "data_prep/verify_shard.py": [
+        ("len(blocks) < size or zlib.crc32(blocks) != checksum", "len(blocks) < size", VERIFY),
+        ("elif end != END_OF_ARCHIVE:", "elif False:", VERIFY),
+        ("if not num_bad and sha256.hexdigest() != shard.sha256:", "if False:", VERIFY),
+    ],
+    "data_prep/verify.py": [
+        ("if len(lines) != manifest.num_rejected:", "if False:", VERIFY),
+        ("if values.get(name) != value:", "if name not in values:", VERIFY),
+    ],
+    "common/files.py": [
+        ("os.replace(part, path)\n", "part.rename(path.with_suffix('.x'))\n", "common/test_files.py"),
+        ("part.unlink(missing_ok=True)\n        raise", "raise", "common/test_files.py"),
+        (
+            "fcntl.LOCK_EX | fcntl.LOCK_NB",
+            "fcntl.LOCK_SH | fcntl.LOCK_NB",
+            f"{TRAIN}::test_two_runs_do_not_share_a_folder",
+        ),
+    ],
+    "common/console.py": [
+        ("2 if isinstance(error, UsageError) else 1", "1", "common/test_console.py"),
+    ],
+    "pipeline/config.py": [
+        (
+            'if "://" not in source["location"]:',
+            "if True:",
+            "orchestration/test_ray_train.py::test_relative_paths_mean_the_root",
+        ),
+    ],
+    "orchestration/tiny_base.py": [
+        ("torch.manual_seed(seed)\n        tower", "tower", "orchestration/test_tiny_base.py"),
+    ],
+    "orchestration/demo_report.py": [
+        ("means.append(total / weight)", "means.append(total)", "orchestration/test_demo_report.py"),
+    ],
+}
