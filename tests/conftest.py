@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 
-pytest_plugins = ["tests.world", "tests.shard_sets", "tests.s3_server"]
+pytest_plugins = ["tests.world", "tests.shard_sets", "tests.s3_server", "tests.local_ray"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

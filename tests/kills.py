@@ -8,7 +8,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -121,10 +121,10 @@ def session_of(process: subprocess.Popen) -> list[psutil.Process]:
     return members
 
 
-def kill_worker(process: subprocess.Popen, chance: random.Random) -> bool:
-    """Kills one of the Ray workers of the command that write a shard; returns whether there was one."""
+def kill_worker(members: Iterable[psutil.Process], chance: random.Random) -> bool:
+    """Kills one of the Ray workers among these processes that write a shard; returns whether there was one."""
     writers = []
-    for member in session_of(process):
+    for member in members:
         with suppress(psutil.NoSuchProcess, IndexError):
             writers += [member] if member.cmdline()[0].startswith("ray::write_shard") else []
     try:

@@ -1,17 +1,14 @@
-"""One local Ray for all sharding tests, and a small LLaVA data set with every kind of row that is fit to train on."""
+"""A small LLaVA data set with every kind of row that is fit to train on."""
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 from PIL import Image
 
 from tests.kills import NO_COMMIT
-from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,21 +18,6 @@ def no_commit() -> Iterator[None]:
         for name, value in NO_COMMIT.items():
             environment.setenv(name, value)
         yield
-
-
-@pytest.fixture(scope="session")
-def local_ray(s3_server: S3Server) -> Iterator[None]:
-    """A Ray with two CPUs that sharding finds running and leaves running; its workers find the S3 server."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 << 20,
-    )
-    yield
-    ray.shutdown()
 
 
 @dataclass

@@ -42,7 +42,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "pipeline/step.py": [
         ('group["lr"] = rate', "pass", TORCH),
         ("chunk.zero_grad_buffer()", "pass", TORCH),
-        ("total / batch.counts.num_targets", "total / batch.counts.num_samples", TORCH),
+        ("loss = total / num_targets", "loss = total / batch.counts.num_samples", TORCH),
+        ("if num_targets != batch.counts.num_targets:", "if False:", BATCHES),
         ("torch.tensor(losses.numel(),", "torch.tensor(1,", TORCH),
         ("total = losses.sum()", "total = losses.mean()", TORCH),
         ("state.source.image_processor.normalize(", "torch.Tensor.float(", STEP),
@@ -80,7 +81,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pipeline/stop.py": [
         (
-            "return self._was_signalled or self.by_file()",
+            "return self._was_asked or self.by_file()",
             "return self.by_file()",
             f"{TRAIN}::test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on",
         ),

@@ -16,18 +16,27 @@ from tests.processes import wait_for_steps
 from tests.world import CONFIGS
 
 
-def two_workers(overrides: list[str], said: Path) -> subprocess.Popen[bytes]:
+def workers(number: int, overrides: list[str], said: Path, ray: str | None = None) -> subprocess.Popen[bytes]:
+    """Starts the driver, on the Ray of this address (which is told as a job is told it) or on one of its own."""
     driver = [sys.executable, "-m", "orchestration.ray_train", "--config", str(CONFIGS / "demo-stage1.yaml")]
-    command = [*driver, "--num-workers", "2", "--cpus-per-worker", "0.5", *overrides]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [*driver, "--num-workers", str(number), "--cpus-per-worker", "0.5", *overrides]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **({"RAY_ADDRESS": ray} if ray else {})}
     with said.open("w") as file:
         return subprocess.Popen(command, cwd=CONFIGS.parent, env=environment, stdout=file, stderr=file)
+
+
+def test_a_ray_worker_gives_the_losses_of_a_process_without_ray(world, stage1, local_ray, tmp_path):
+    overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
+    run = workers(1, overrides, tmp_path / "said", local_ray)
+    assert run.wait() == 0, (tmp_path / "said").read_text()
+    losses, expected = ([step["loss"] for step in read_metrics(run)] for run in (tmp_path, stage1.run_dir))
+    assert losses == expected
 
 
 @pytest.mark.slow
 def test_two_ray_workers_give_the_losses_of_one_process(world, stage1, tmp_path):
     overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
-    run = two_workers(overrides, tmp_path / "said")
+    run = workers(2, overrides, tmp_path / "said")
     assert run.wait() == 0, (tmp_path / "said").read_text()
     losses, expected = ([step["loss"] for step in read_metrics(run)] for run in (tmp_path, stage1.run_dir))
     assert losses == pytest.approx(expected, rel=5e-5)  # fp32 sums over two ranks in another order
@@ -36,7 +45,7 @@ def test_two_ray_workers_give_the_losses_of_one_process(world, stage1, tmp_path)
 @pytest.mark.slow
 def test_a_file_stops_ray_workers_and_ray_does_not_start_them_again(world, tmp_path):
     endless = {"train.max_steps": 9000, "train.num_epochs": 9000, "checkpoint.save_every_steps": 9000}
-    run = two_workers(world.overrides(tmp_path, **endless), tmp_path / "said")
+    run = workers(2, world.overrides(tmp_path, **endless), tmp_path / "said")
     wait_for_steps(run, tmp_path, 1, tmp_path / "said")
     (tmp_path / "stop").touch()
     assert run.wait() == 143, (tmp_path / "said").read_text()
@@ -50,6 +59,9 @@ def test_relative_paths_mean_the_root(world, stage1, tmp_path):
     found = resolve_paths(config, tmp_path)
     assert found.init.base == tmp_path / "bases/x" and [source.location for source in found.data.shards] == ["/abs/z"]
     assert found.init.projector == str(tmp_path / "runs/y")
+    url = world.config("demo-stage2", tmp_path, init__projector="base", data__shards="s3://bucket/z")
+    assert [source.location for source in resolve_paths(url, tmp_path).data.shards] == ["s3://bucket/z"]
+    assert resolve_paths(url, tmp_path).init.projector == "base"
     assert resolve_paths(stage1, tmp_path).init.projector == "random"
 
 

@@ -66,8 +66,12 @@ def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
         assert (tensor - expected[name]).abs().max() <= TOLERANCE * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+RESUMED = ["TP2 PP2", "DP2"]  # whose stage 2 another test compares, with what comes of its checkpoints
+CASES = [(phase, split) for phase in ("pretrain", "finetune") for split in SPLITS]
+CASES = [case for case in CASES if case not in [("finetune", split) for split in RESUMED]]
+
+
+@pytest.mark.parametrize(("phase", "split"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, phase, split, tmp_path):
     num_processes, parallel = SPLITS[split]
     whole = deep_stage1 if phase == "pretrain" else deep_stage2
@@ -87,24 +91,22 @@ def test_a_run_goes_on_when_it_is_divided_otherwise(deep_stage2, split, tmp_path
     assert_same_run(config, deep_stage2)
 
 
-def test_a_divided_run_goes_on_in_one_process(deep_stage2, tmp_path):
-    num_processes, parallel = SPLITS["TP2 PP2"]
-    split = divided(deep_stage2, tmp_path / "split", **parallel)
-    run_together(num_processes, train, split)
-    whole = divided(deep_stage2, tmp_path / "whole")
-    keep_until_step(split, 3, whole.run_dir)
-    train(whole)
-    assert_same_run(whole, deep_stage2)
+@pytest.mark.parametrize("split", RESUMED)
+def test_a_divided_run_goes_on_bit_for_bit_and_in_one_process(deep_stage2, split, tmp_path):
+    """It is the run of one process, and so is what goes on from the middle of it, divided the same way or not at all.
 
-
-@pytest.mark.parametrize("split", ["TP2 PP2", "DP2"])
-def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(deep_stage2, split, tmp_path):
-    """The first writes its checkpoints in the background, the second does not; in DP2 one process has none to write."""
+    The first writes its checkpoints in the background, the second does not; in DP2 one process has none to write.
+    """
     num_processes, parallel = SPLITS[split]
     first, second = (divided(deep_stage2, tmp_path / name, **parallel) for name in ("first", "second"))
     settings = first.checkpoint.model_copy(update={"in_background": True})
     first = first.model_copy(update={"checkpoint": settings})
     run_together(num_processes, train, first)
+    assert_same_run(first, deep_stage2)
+    whole = divided(deep_stage2, tmp_path / "whole")
+    keep_until_step(first, 3, whole.run_dir)
+    train(whole)
+    assert_same_run(whole, deep_stage2)
     keep_until_step(first, 3, second.run_dir)
     run_together(num_processes, train, second)
     one, other = (read_metrics(config.run_dir) for config in (first, second))

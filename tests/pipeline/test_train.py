@@ -306,7 +306,6 @@ def under_torchrun(recipe: str, overrides: list[str], said: Path) -> subprocess.
         return subprocess.Popen(command, cwd=CONFIGS.parent, stdout=file, stderr=file)
 
 
-@pytest.mark.slow
 def test_two_processes_of_torchrun_give_the_losses_of_one(world, stage1, tmp_path):
     overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
     run = under_torchrun("demo-stage1", overrides, tmp_path / "said")

@@ -33,6 +33,7 @@ from tests.kills import (
     run_to_end,
     sample_keys,
     session,
+    session_of,
 )
 
 NUM_ROWS = 900
@@ -98,7 +99,7 @@ def kill(victim: str, process: subprocess.Popen, chance: random.Random) -> bool:
     """Returns whether the victim was killed; a worker is as soon as one writes a shard, unless the run ends first."""
     if victim == "worker":
         while process.poll() is None:
-            if kill_worker(process, chance):
+            if kill_worker(session_of(process), chance):
                 return True
             time.sleep(POLL_SECONDS)
         return False
