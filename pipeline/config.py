@@ -20,7 +20,7 @@ from common.console import UsageError
 from model.config import ComputeConfig, ModelConfig, Phase, Section
 from model.parallel import ParallelConfig, check_split
 from pipeline.config_text import apply_override, explain, nearest, read_yaml
-from pipeline.data.templates import TEMPLATES
+from pipeline.data.templates import TEMPLATES, SpecialTokens
 
 PROJECTOR_WORDS = ("random", "base")
 
@@ -52,6 +52,10 @@ class DataConfig(Section):
     cache_limit: ByteSize | None = Field(default=None, description="most bytes of shards in the cache, such as 200GB")
     shards_in_use: int = Field(default=32, gt=0, le=32, description="shards that are mixed at a time")
     template: str = Field(description=f"one of {', '.join(TEMPLATES)}")
+    special_tokens: SpecialTokens = Field(
+        default="refuse",
+        description="a text that spells one (</s>): refuse its row, or encode it as plain text",
+    )
     image_aspect_ratio: Literal["square", "pad"] = "square"
     max_positions: int = Field(
         default=2048, gt=0, description="positions of a sample, visual and text; the rest is cut"

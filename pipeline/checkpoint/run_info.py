@@ -29,6 +29,7 @@ class RunInfo:
     shards: list[list[Any]]
     tokenizer: str
     template: str
+    special_tokens: str
     image_aspect_ratio: str
     max_positions: int
     max_text_tokens_per_pack: int
@@ -52,6 +53,7 @@ def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: in
         shards=[[name, source.repeat] for name, source in zip(shard_fingerprints, config.data.shards, strict=True)],
         tokenizer=tokenizer_fingerprint(config.init.base),
         template=config.data.template,
+        special_tokens=config.data.special_tokens,
         image_aspect_ratio=config.data.image_aspect_ratio,
         max_positions=config.data.max_positions,
         max_text_tokens_per_pack=config.data.max_text_tokens_per_pack,

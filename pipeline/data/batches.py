@@ -209,7 +209,7 @@ class BatchSource(Dataset[GlobalBatch]):
         (record, members), data = shards.sample(local), self.config.data
         v = self.config.model.vision.num_tokens
         name = f"{shards.location}: record {record['id']} (index {record['source_index']})"
-        sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions)
+        sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions, data.special_tokens)
         try:
             self.schedule.table.check(number, sample, name)
         except ValueError as error:
@@ -246,7 +246,8 @@ def open_shards(config: RunConfig) -> list[ShardSet]:
 def load_table(config: RunConfig, sets: Sequence[ShardSet], console: Console) -> LengthTable:
     """Returns the lengths of all samples of a run, computing what no earlier run has left in the cache."""
     data = config.data
-    encoding = Encoding(config.init.base, data.template, config.model.vision.num_tokens, data.max_positions)
+    v = config.model.vision.num_tokens
+    encoding = Encoding(config.init.base, data.template, v, data.max_positions, data.special_tokens)
     return join([length_table(shards, encoding, data.cache, console) for shards in sets])
 
 

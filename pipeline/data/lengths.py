@@ -25,7 +25,7 @@ from common.console import build_progress
 from common.files import read_whole, write_whole
 from pipeline.data.probes import encoding_digest
 from pipeline.data.samples import Sample, build_sample
-from pipeline.data.templates import ConversationError, Tokenizer
+from pipeline.data.templates import ConversationError, SpecialTokens, Tokenizer
 from pipeline.distributed import init_worker_signals, worker_context
 from pipeline.shards.shard_set import ShardSet
 
@@ -43,10 +43,11 @@ class Encoding:
     template: str
     num_tokens_per_image: int
     max_positions: int
+    special_tokens: SpecialTokens = "refuse"
 
     def fingerprint(self) -> str:
         """Returns a digest that changes when any sample's length may."""
-        settings = (self.num_tokens_per_image, self.max_positions)
+        settings = (self.num_tokens_per_image, self.max_positions, self.special_tokens)
         behaviour = encoding_digest(self.template, load_tokenizer(self.tokenizer), *settings)
         facts = [COLUMNS, tokenizer_fingerprint(self.tokenizer), self.template, *settings, behaviour]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -141,7 +142,12 @@ def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -
     for number, record in enumerate(records):
         try:
             sample = build_sample(
-                record, encoding.template, tokenizer, encoding.num_tokens_per_image, encoding.max_positions
+                record,
+                encoding.template,
+                tokenizer,
+                encoding.num_tokens_per_image,
+                encoding.max_positions,
+                encoding.special_tokens,
             )
             rows.append(sample.sizes())
         except ConversationError as error:

@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 
 from pipeline.data.samples import Sample, build_sample
-from pipeline.data.templates import ConversationError, Tokenizer
+from pipeline.data.templates import ConversationError, SpecialTokens, Tokenizer
 
 SHORT = 40  # positions: where most of the records below are cut
 
@@ -41,13 +41,19 @@ PROBES = (
 )
 
 
-def encoding_digest(template: str, tokenizer: Tokenizer, num_visual_tokens_per_image: int, max_positions: int) -> str:
+def encoding_digest(
+    template: str,
+    tokenizer: Tokenizer,
+    num_visual_tokens_per_image: int,
+    max_positions: int,
+    special_tokens: SpecialTokens,
+) -> str:
     """Returns a digest of the samples that the probes become, and of why those that become none do not."""
     digest = hashlib.sha256(json.dumps(PROBES).encode())
     for record in PROBES:
         for limit in (max_positions, min(max_positions, SHORT)):
             try:
-                sample = build_sample(record, template, tokenizer, num_visual_tokens_per_image, limit)
+                sample = build_sample(record, template, tokenizer, num_visual_tokens_per_image, limit, special_tokens)
             except ConversationError as error:
                 digest.update(str(error).encode())
                 continue

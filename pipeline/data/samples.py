@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.templates import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConversationError, Tokenizer, encode_conversation
+from pipeline.data.templates import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    ConversationError,
+    SpecialTokens,
+    Tokenizer,
+    encode_conversation,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +61,7 @@ def build_sample(
     tokenizer: Tokenizer,
     num_visual_tokens_per_image: int,
     max_positions: int,
+    special_tokens: SpecialTokens = "refuse",
 ) -> Sample:
     """Returns the sample of a record, cut to its first `max_positions` positions.
 
@@ -65,6 +73,7 @@ def build_sample(
         tokenizer: that of the language model.
         num_visual_tokens_per_image: v, positions that one image takes.
         max_positions: longest sample, text and visual tokens together.
+        special_tokens: what becomes of turns that spell a special token.
 
     Raises:
         ConversationError: the record cannot be encoded; the message names it.
@@ -72,7 +81,7 @@ def build_sample(
     """
     images = record.get("images", [])
     try:
-        encoded = encode_conversation(record["conversations"], bool(images), template, tokenizer)
+        encoded = encode_conversation(record["conversations"], bool(images), template, tokenizer, special_tokens)
         token_ids, labels = np.array(encoded.token_ids, np.int64), np.array(encoded.labels, np.int64)
         num_image_tokens = int((token_ids == IMAGE_TOKEN_INDEX).sum())
         if num_image_tokens != len(images):

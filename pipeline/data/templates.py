@@ -16,6 +16,8 @@ Four templates; what a model is trained to say is between >< (`eos` is the token
 - The text between two images is tokenised on its own, so a tokenizer that opens a text with a space does so after
   each image. Whoever prompts the model must encode with `encode_text` or do the same.
 - The tokenizer adds BOS, if it does so by default; neither the templates nor the chat templates write it.
+- A turn that spells a special token (`</s>`, `<|im_end|>`) is refused, or plain text by `data.special_tokens`; LLaVA
+  reads most of them as the token.
 - A leading gpt turn is skipped. A leading system turn replaces the standard one (LLaVA refuses it).
 - Where LLaVA finds its own sums wrong ("tokenization mismatch"), prints a line and trains on nothing, the row raises
   `ConversationError`. But LLaVA's sums also fail for every row with two answers when the tokenizer
@@ -23,8 +25,13 @@ Four templates; what a model is trained to say is between >< (`eos` is the token
 """
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, cast
+
+from tokenizers import AddedToken
 
 from common.console import UsageError
 
@@ -32,10 +39,14 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and the configuration
     from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 type Tokenizer = PreTrainedTokenizer | PreTrainedTokenizerFast
+type Encode = Callable[[str], list[int]]
+SpecialTokens = Literal["refuse", "plain"]
+"""What becomes of a turn that spells a special token of the tokenizer: the row is refused, or it is plain text."""
 
 IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
+PRIVATE = "\ufdd0"  # no character, says Unicode: it tells the template's own tokens from spelled ones
 
 
 class ConversationError(ValueError):
@@ -106,32 +117,56 @@ TEMPLATES = {
 
 
 def encode_conversation(
-    conversations: list[dict], has_image: bool, template: str, tokenizer: Tokenizer
+    conversations: list[dict],
+    has_image: bool,
+    template: str,
+    tokenizer: Tokenizer,
+    special_tokens: SpecialTokens = "refuse",
 ) -> EncodedConversation:
     """Returns the token ids of a conversation and their labels, not shifted and not truncated.
+
+    No special token comes from a turn: those of the template and BOS are the only ones.
 
     Args:
         conversations: turns `{"from": "human" | "gpt", "value": text}`, in alternation, gpt last.
         has_image: the record has images; without, `<image>` in the text is an error.
         template: a name in `TEMPLATES`.
         tokenizer: slow or fast; its BOS is added if it adds it by default.
+        special_tokens: what becomes of turns that spell a special token; `plain` needs a fast tokenizer.
 
     Raises:
         ConversationError: the turns do not fit the template, or hold text that means something to it.
         UsageError: the template is unknown.
-        ValueError: the tokenizer does not know the template's special tokens, or adds others than BOS.
+        ValueError: the tokenizer does not know the template's special tokens, adds others than BOS, or is slow.
     """
     form = _find(template)
     end = end_of_answer(template, tokenizer)
-    rounds = _plain_round(conversations, has_image) if form is PLAIN else _rounds(conversations, form, end, has_image)
-    ids = encode_text("".join(prompt + answer for prompt, answer in rounds), tokenizer)
+    own = () if form is PLAIN else (end, *form.special_tokens)
+    control = control_tokens(tokenizer, own)
+    spelled = _spelled(conversations[-1:] if form is PLAIN else conversations, control)
+    if spelled is not None and special_tokens == "refuse":
+        raise ConversationError(
+            f"a turn contains {spelled!r}, a special token; data.special_tokens=plain keeps its row"
+        )
+    encode: Encode = lambda text: _encode(text, tokenizer)  # noqa: E731
+    written, end_id = form, cast(int, tokenizer.convert_tokens_to_ids(end))
+    if spelled is not None:
+        encode = plain_encoder(tokenizer, own)
+        written, end, own = _marked_form(form, own), _marked(end) if own else end, tuple(map(_marked, own))
+    if form is PLAIN:
+        rounds = _plain_round(conversations, has_image)
+    else:
+        rounds = _rounds(conversations, written, end, has_image)
+    whole = "".join(prompt + answer for prompt, answer in rounds)
+    bos = _bos(tokenizer)
+    ids = bos + _encode_pieces(whole, encode)
     labels = [IGNORE_INDEX] * len(ids)
-    start = len(_bos(tokenizer))
+    start = len(bos)
     for number, (prompt, _) in enumerate(rounds):
         # The prompt as it is tokenised in its place: after the end token of the answer before it.
-        prompt_ids = _encode_pieces(end + prompt, tokenizer)[1:] if number else _encode_pieces(prompt, tokenizer)
+        prompt_ids = _encode_pieces(end + prompt, encode)[1:] if number else _encode_pieces(prompt, encode)
         answer = start + len(prompt_ids)
-        stop = len(ids) if form is PLAIN else _find_end(ids, answer, _encode(end, tokenizer)[-1])
+        stop = len(ids) if form is PLAIN else _find_end(ids, answer, end_id)
         if ids[start:answer] != prompt_ids or answer == stop:
             raise ConversationError(
                 f"tokenization mismatch in answer {number + 1} of {len(rounds)}: the tokenizer joins its beginning "
@@ -142,12 +177,44 @@ def encode_conversation(
     unknown = tokenizer.unk_token_id
     if form is not PLAIN and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise ConversationError(f"text that the tokenizer can only write as {tokenizer.unk_token!r}")
+    special = set(control.values()) - {unknown}
+    if sum(token in special for token in ids[len(bos) :]) != sum(whole.count(token) for token in set(own)):
+        raise ConversationError("the tokenizer makes a special token of some of its words")
     return EncodedConversation(ids, labels)
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of a text with `IMAGE_TOKEN_INDEX` for each `<image>`, and BOS if the tokenizer adds one."""
-    return _bos(tokenizer) + _encode_pieces(text, tokenizer)
+    return _bos(tokenizer) + _encode_pieces(text, lambda piece: _encode(piece, tokenizer))
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer: Tokenizer, own: tuple[str, ...]) -> dict[str, int]:
+    """Returns the tokens that no text may become, with their ids: the tokenizer's special ones and a template's."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = {*special, *cast(list[str], tokenizer.all_special_tokens), *own} - {IMAGE_TOKEN, ""}
+    return {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in sorted(names, key=len, reverse=True)}
+
+
+@lru_cache(maxsize=8)
+def plain_encoder(tokenizer: Tokenizer, own: tuple[str, ...]) -> Encode:
+    """Returns an encoding to which special tokens are plain text, but for those of `own` that are written `_marked`.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("data.special_tokens=plain needs a fast tokenizer, such as `make import-hf` writes")
+    fast = cast("PreTrainedTokenizerFast", tokenizer)
+    backend = type(fast.backend_tokenizer).from_str(fast.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    known, ids = fast.added_tokens_decoder, {}
+    for token in own:
+        number = cast(int, fast.convert_tokens_to_ids(token))
+        spaces = {"lstrip": known[number].lstrip, "rstrip": known[number].rstrip} if number in known else {}
+        backend.add_tokens([AddedToken(_marked(token), normalized=False, **spaces)])
+        ids[backend.token_to_id(_marked(token))] = number
+    return lambda text: [ids.get(token, token) for token in backend.encode(text, add_special_tokens=False).ids]
 
 
 def end_of_answer(template: str, tokenizer: Tokenizer) -> str:
@@ -259,15 +326,15 @@ def _rounds(conversations: list[dict], form: Template, end: str, has_image: bool
     if turns and turns[0]["from"] == "system":
         if form.system is None:
             raise ConversationError("a system turn, which this template cannot write; use template v1 or llama_3")
-        begin, turns = form.system[0] + _text(turns[0], form, end, False) + form.system[1], turns[1:]
+        begin, turns = form.system[0] + _text(turns[0], form, False) + form.system[1], turns[1:]
     elif turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     _check_roles(turns)
     separator = form.user[1] + form.header + form.gap
     rounds = []
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        prompt = form.user[0] + _text(human, form, end, has_image) + form.user[1] + form.header
-        answer = form.gap + _text(gpt, form, end, has_image) + end
+        prompt = form.user[0] + _text(human, form, has_image) + form.user[1] + form.header
+        answer = form.gap + _text(gpt, form, has_image) + end
         whole, expected = prompt + answer, len(prompt) + len(form.gap) - len(separator)
         if whole.find(separator) != expected or whole.count(separator) != 1:
             raise ConversationError(f"tokenization mismatch: a turn contains {separator!r}, which opens an answer")
@@ -293,13 +360,13 @@ def _check_roles(turns: list[dict]) -> None:
         raise ConversationError(f"human and gpt must take turns, gpt last; found {shown or 'no turn'}")
 
 
-def _text(turn: dict, form: Template, end: str, has_image: bool) -> str:
+def _text(turn: dict, form: Template, has_image: bool) -> str:
     """Returns the text of a turn as it stands in the template."""
     text = _place_image(turn["value"], has_image)
     text = text.strip() if form.strip else text
     if not text:
         raise ConversationError(f"an empty {turn['from']} turn")
-    for marker in (end, *form.special_tokens, *form.markers):
+    for marker in form.markers:
         if marker in text:
             raise ConversationError(f"tokenization mismatch: a {turn['from']} turn contains {marker!r}")
     return text
@@ -329,9 +396,33 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _encode_pieces(text: str, tokenizer: Tokenizer) -> list[int]:
+def _encode_pieces(text: str, encode: Encode) -> list[int]:
     first, *rest = text.split(IMAGE_TOKEN)
-    ids = list(_encode(first, tokenizer))
+    ids = list(encode(first))
     for piece in rest:
-        ids += [IMAGE_TOKEN_INDEX, *_encode(piece, tokenizer)]
+        ids += [IMAGE_TOKEN_INDEX, *encode(piece)]
     return ids
+
+
+def _spelled(turns: list[dict], control: dict[str, int]) -> str | None:
+    """Returns a special token that some turn spells."""
+    if any(PRIVATE in turn["value"] for turn in turns):
+        raise ConversationError(f"a turn contains {PRIVATE!r}, which is no character")
+    pattern = "|".join(map(re.escape, control))
+    return next((found[0] for turn in turns if (found := re.search(pattern, turn["value"])) and pattern), None)
+
+
+def _marked(token: str) -> str:
+    return PRIVATE + token + PRIVATE
+
+
+def _marked_form(form: Template, own: tuple[str, ...]) -> Template:
+    """Returns a template whose own special tokens are marked as such."""
+
+    def mark(text: str) -> str:
+        for token in own:
+            text = text.replace(token, _marked(token))
+        return text
+
+    system = form.system and (mark(form.system[0]), mark(form.system[1]))
+    return replace(form, user=(mark(form.user[0]), mark(form.user[1])), header=mark(form.header), system=system)
