@@ -7,16 +7,13 @@ python -m pipeline.import_hf --release saisa-vicuna-7b --vision clip-vit-large-p
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from typer import Option
 
 from common.console import UsageError, run
-from model.hf.configuration_saisa import PROJECTOR_TYPES
-from model.hf_source import load_tokenizer
-from model.import_hf import compose_base, convert_release
 from pipeline.data.templates import TEMPLATES, chat_template, end_of_answer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
+PROJECTORS = ("mlp", "linear")
 
 
 def main(
@@ -39,17 +36,25 @@ def main(
     if release is not None and (projector, select_layer, image_aspect_ratio) != ("mlp", -2, "pad"):
         raise UsageError("--projector, --select-layer and --image-aspect-ratio go with --llm; a release has its own")
     for name, value, allowed in (
-        ("--projector", projector, PROJECTOR_TYPES),
+        ("--projector", projector, PROJECTORS),
         ("--image-aspect-ratio", image_aspect_ratio, ("pad", "square")),
         ("--dtype", dtype or "float32", DTYPES),
     ):
         if value not in allowed:
             raise UsageError(f"{name} {value!r} must be one of {', '.join(allowed)}")
+    if template not in TEMPLATES:
+        raise UsageError(f"--template {template!r} must be one of {', '.join(TEMPLATES)}")
+    # These take seconds: not before the options are known to be right
+    import torch
+
+    from model.hf_source import load_tokenizer
+    from model.import_hf import compose_base, convert_release
+
     words = chat_template(template)
     source = llm or release
     assert source is not None
     stop = None if template == "plain" else end_of_answer(template, load_tokenizer(source))
-    stored = DTYPES[dtype] if dtype else None
+    stored = getattr(torch, dtype) if dtype else None
     if llm is not None:
         config = compose_base(
             llm, vision, out,

@@ -138,7 +138,8 @@ def test_a_missing_section_a_missing_file_and_broken_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.config", "pipeline.train", "pipeline.data.preview", "orchestration.ray_train"]
+    "module",
+    ["pipeline.config", "pipeline.train", "pipeline.import_hf", "pipeline.data.preview", "orchestration.ray_train"],
 )
 def test_a_configuration_is_read_without_a_framework(module):
     """What a typo or `--print-config` waits for: torch, megatron-core and ray take 5 seconds and 800 MB."""
