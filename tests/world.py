@@ -73,6 +73,7 @@ DEEP_SIZES = SIZES | {
     "vocab_size": 380,
     "max_positions": 320,
 }
+DEEP_STEPS = 4  # of runs that are divided in every way: enough for warm-up, decay and a checkpoint in the middle
 
 
 def build_world(root: Path, sizes: dict[str, int], rows_file: str = "finetune.json") -> World:
@@ -153,7 +154,7 @@ def stage2(world: World, stage1: RunConfig, tmp_path_factory: pytest.TempPathFac
 def deep_stage1(deep_world: World, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished stage 1 of a model that can be divided: four layers, two key/value heads."""
     folder = tmp_path_factory.mktemp("runs") / "stage1"
-    config = deep_world.config("demo-stage1", folder, optim__learning_rate=1e-2)
+    config = deep_world.config("demo-stage1", folder, optim__learning_rate=1e-2, train__max_steps=DEEP_STEPS)
     train(config)
     return config
 
@@ -162,7 +163,7 @@ def deep_stage1(deep_world: World, tmp_path_factory: pytest.TempPathFactory) -> 
 def deep_stage2(deep_world: World, deep_stage1: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished stage 2 of a model that can be divided."""
     folder = tmp_path_factory.mktemp("runs") / "stage2"
-    changes = {"init__projector": deep_stage1.run_dir, "checkpoint__save_every_steps": 3, "checkpoint__keep_last": 9}
-    config = deep_world.config("demo-stage2", folder, **changes)
+    changes = {"init__projector": deep_stage1.run_dir, "train__max_steps": DEEP_STEPS, "checkpoint__keep_last": 9}
+    config = deep_world.config("demo-stage2", folder, **changes, checkpoint__save_every_steps=DEEP_STEPS // 2)
     train(config)
     return config

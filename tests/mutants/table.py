@@ -43,7 +43,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('group["lr"] = rate', "pass", TORCH),
         ("chunk.zero_grad_buffer()", "pass", TORCH),
         ("loss = total / num_targets", "loss = total / batch.counts.num_samples", TORCH),
-        ("if num_targets != batch.counts.num_targets:", "if False:", BATCHES),
+        ("if num_targets != batch.counts.num_targets:", "if False:", STEP),
         ("torch.tensor(losses.numel(),", "torch.tensor(1,", TORCH),
         ("total = losses.sum()", "total = losses.mean()", TORCH),
         ("state.source.image_processor.normalize(", "torch.Tensor.float(", STEP),
@@ -348,13 +348,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return data[-64 - END_BYTES : -END_BYTES] == _own_digest(data).encode()", "return True", LISTINGS),
     ],
     "data_prep/verify_shard.py": [
-        ("len(blocks) < size or zlib.crc32(blocks) != checksum", "len(blocks) < size", VERIFY),
-        ("elif end != END_OF_ARCHIVE:", "elif False:", VERIFY),
-        ("if not num_bad and sha256.hexdigest() != shard.sha256:", "if False:", VERIFY),
+        ("len(blocks) < size or zlib.crc32(blocks) != checksum", "len(blocks) < size", f"{VERIFY}[zeroed_header]"),
+        ("elif end != END_OF_ARCHIVE:", "elif False:", f"{VERIFY}[flipped_end]"),
+        ("if not num_bad and sha256.hexdigest() != shard.sha256:", "if False:", f"{VERIFY}[same_checksum]"),
     ],
     "data_prep/verify.py": [
-        ("if len(lines) != manifest.num_rejected:", "if False:", VERIFY),
-        ("if values.get(name) != value:", "if name not in values:", VERIFY),
+        ("if len(lines) != manifest.num_rejected:", "if False:", f"{VERIFY}[edited_counts_of_rejects]"),
+        ("if values.get(name) != value:", "if name not in values:", f"{VERIFY}[edited_count]"),
     ],
     "common/files.py": [
         ("os.replace(part, path)\n", "part.rename(path.with_suffix('.x'))\n", "common/test_files.py"),

@@ -22,8 +22,9 @@ from pipeline.metrics import read_metrics
 from pipeline.state import build
 from pipeline.step import model_inputs
 from tests.processes import run_together
+from tests.world import DEEP_STEPS
 
-# fp32 sums in another order, which six steps of Adam amplify; no split has been seen to differ by more.
+# fp32 sums in another order, which steps of Adam amplify; no split has been seen to differ by more.
 TOLERANCE = 1e-4
 SPLITS = {
     "TP2": (2, {"tp": 2}),
@@ -69,9 +70,12 @@ def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
 RESUMED = ["TP2 PP2", "DP2"]  # whose stage 2 another test compares, with what comes of its checkpoints
 CASES = [(phase, split) for phase in ("pretrain", "finetune") for split in SPLITS]
 CASES = [case for case in CASES if case not in [("finetune", split) for split in RESUMED]]
+# Four processes for what each two do alone in stage 1, and together in stage 2
+SLOW = [("pretrain", "TP2 DP2"), ("pretrain", "PP2 DP2")]
+CASES = [pytest.param(*case, id="-".join(case), marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
 
 
-@pytest.mark.parametrize(("phase", "split"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("phase", "split"), CASES)
 def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, phase, split, tmp_path):
     num_processes, parallel = SPLITS[split]
     whole = deep_stage1 if phase == "pretrain" else deep_stage2
@@ -86,7 +90,7 @@ def test_a_divided_run_is_the_run_of_one_process(deep_stage1, deep_stage2, phase
 def test_a_run_goes_on_when_it_is_divided_otherwise(deep_stage2, split, tmp_path):
     num_processes, parallel = SPLITS[split]
     config = divided(deep_stage2, tmp_path, **parallel)
-    keep_until_step(deep_stage2, 3, tmp_path)
+    keep_until_step(deep_stage2, DEEP_STEPS // 2, tmp_path)
     run_together(num_processes, train, config)
     assert_same_run(config, deep_stage2)
 
@@ -104,10 +108,10 @@ def test_a_divided_run_goes_on_bit_for_bit_and_in_one_process(deep_stage2, split
     run_together(num_processes, train, first)
     assert_same_run(first, deep_stage2)
     whole = divided(deep_stage2, tmp_path / "whole")
-    keep_until_step(first, 3, whole.run_dir)
+    keep_until_step(first, DEEP_STEPS // 2, whole.run_dir)
     train(whole)
     assert_same_run(whole, deep_stage2)
-    keep_until_step(first, 3, second.run_dir)
+    keep_until_step(first, DEEP_STEPS // 2, second.run_dir)
     run_together(num_processes, train, second)
     one, other = (read_metrics(config.run_dir) for config in (first, second))
     assert [(step["loss"], step["grad_norm"]) for step in one] == [(step["loss"], step["grad_norm"]) for step in other]
@@ -117,6 +121,7 @@ def test_a_divided_run_goes_on_bit_for_bit_and_in_one_process(deep_stage2, split
 def bf16_stage2(deep_world, deep_stage1, tmp_path_factory) -> RunConfig:
     """A finished stage 2 in bf16: its optimizer keeps weights in fp32 beside the model's."""
     changes = {"compute__precision": "bf16", "init__projector": deep_stage1.run_dir}
+    changes |= {"train__max_steps": DEEP_STEPS}
     config = deep_world.config("demo-stage2", tmp_path_factory.mktemp("bf16"), **changes)
     train(config)
     return config
@@ -168,10 +173,10 @@ def test_the_ranks_of_these_runs_have_different_numbers_of_micro_batches(deep_st
     sets = open_shards(deep_stage2)
     table = load_table(deep_stage2, sets, Console(quiet=True))
     schedule = build_source(deep_stage2, sets, table, RankCoordinates(0, 2)).schedule
-    counts = [[len(packs) for packs in schedule.plan(step).packs] for step in range(6)]
+    counts = [[len(packs) for packs in schedule.plan(step).packs] for step in range(DEEP_STEPS)]
     assert any(one != other for one, other in counts)
     images = table.column("num_images")
-    assert {0, 1, 2} == set(images[schedule.samples(0, 42)])
+    assert {0, 1, 2} == set(images[schedule.samples(0, 7 * DEEP_STEPS)])
 
 
 @pytest.mark.parametrize("split", ["DP2", "PP2 DP2"])
@@ -196,7 +201,8 @@ def test_a_rank_without_samples_keeps_in_step(deep_world, deep_stage1, split, tm
     ids=str,
 )
 def test_padding_and_recomputing_change_nothing(deep_world, deep_stage1, deep_stage2, changes, tmp_path):
-    config = deep_world.config("demo-stage2", tmp_path, init__projector=deep_stage1.run_dir, **changes)
+    changes = {"init__projector": deep_stage1.run_dir, "train__max_steps": DEEP_STEPS, **changes}
+    config = deep_world.config("demo-stage2", tmp_path, **changes)
     train(config)
     assert_same_run(config, deep_stage2)
 

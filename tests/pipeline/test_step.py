@@ -1,5 +1,6 @@
 """What one step hands the model, and what it says it took."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_the_wait_for_data_is_a_part_of_the_step(stage2):
     assert 1000.0 < metrics.step_seconds < 1300.0
     assert metrics.data_wait_fraction == 1000.0 / metrics.step_seconds
     assert metrics.samples_per_second < 0.1
+    shutdown_distributed()
+
+
+def test_targets_that_the_length_table_did_not_tell_stop_the_run(stage2):
+    """The loss would be divided by the one number, the gradients by the other."""
+    state = build(stage2, initialize_distributed())
+    batch = state.source[0]
+    planned = replace(batch.counts, num_targets=batch.counts.num_targets + 1)
+    with pytest.raises(ValueError, match=r"step 0: the samples have \d+ targets, but the length table says \d+"):
+        train_step(state, replace(batch, counts=planned), 0.0)
     shutdown_distributed()
 
 
