@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, GenerationConfig, LlavaProcessor
 
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
@@ -67,6 +67,29 @@ def test_every_way_to_write_an_image_part(processor: SaisaProcessor, photo: Path
         assert inputs["input_ids"].tolist() == [processor.tokenize(prompt)], part
         assert torch.equal(inputs["pixel_values"], right), part
         assert messages == asked(part, QUESTION), "the caller's messages stay as they are"
+
+
+def test_pixels_of_messages_equal_llavas(processor: SaisaProcessor, tmp_path: Path) -> None:
+    """LLaVA's processor in transformers gets the same messages; a square image needs no padding, so pixels are equal."""
+    square = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8))
+    square.save(tmp_path / "square.png")
+    name, pixels = str(tmp_path / "square.png"), np.asarray(square)
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    llava = LlavaProcessor(
+        CLIPImageProcessor(**sizes), processor.tokenizer, patch_size=14, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=processor.chat_template,
+    )  # fmt: skip
+    text = base64.b64encode(Path(name).read_bytes()).decode()
+    images: list[dict[str, Any]] = [
+        {"image": square}, {"image": name}, {"image": pixels}, {"image": torch.from_numpy(pixels.transpose(2, 0, 1))},
+        {"url": name}, {"path": name}, {"base64": text}, {"url": f"data:image/png;base64,{text}"},
+    ]  # fmt: skip
+    for image in images:
+        messages = asked({"type": "image"} | image, QUESTION)
+        theirs: Any = llava.apply_chat_template(messages, **INPUTS)
+        found = processor.apply_chat_template(messages, **INPUTS)
+        assert torch.equal(found["pixel_values"], theirs["pixel_values"]), image
+        assert (found["input_ids"] == processor.image_token_id).sum() == 4
 
 
 @pytest.mark.parametrize(
