@@ -70,7 +70,7 @@ def test_every_way_to_write_an_image_part(processor: SaisaProcessor, photo: Path
 
 
 def test_pixels_of_messages_equal_llavas(processor: SaisaProcessor, tmp_path: Path) -> None:
-    """LLaVA's processor in transformers gets the same messages; a square image needs no padding, so pixels are equal."""
+    """In transformers LLaVA has a processor of its own. A square image needs no padding, so pixels are equal."""
     square = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8))
     square.save(tmp_path / "square.png")
     name, pixels = str(tmp_path / "square.png"), np.asarray(square)
