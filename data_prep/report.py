@@ -9,7 +9,6 @@ escapes all of them, and its Content-Security-Policy would stop what slipped thr
 
 import os
 import random
-import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ from common.pages import render_page
 from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
 from data_prep.report_shard import Card, ReportTask, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
-from data_prep.reporting import build_task_progress
-from data_prep.runner import ray_session, run_tasks
+from data_prep.reporting import Work, run_shown
 
 HISTOGRAMS: tuple[tuple[str, str, str, float], ...] = (
     ("answer_words", "Answers", "words in a gpt turn", 1),
@@ -106,16 +104,11 @@ def read_shards(
     tasks: Sequence[ReportTask], num_samples: int, console: Console, workers: int | None
 ) -> tuple[Stats, list[Card]]:
     """Returns the statistics of all shards and the samples to show in the order of their keys, showing progress."""
-    stats, cards, num_read = {}, [], 0
-    with ray_session(None, workers) as in_flight, build_task_progress(console) as progress:
-        started, bar = time.monotonic(), progress.add_task("read ", total=num_samples, note="")
-        for number, report in enumerate(run_tasks(read_shard, tasks, in_flight), start=1):
-            merge(stats, report.stats)
-            cards += report.cards
-            num_read += report.num_samples
-            rate = num_read / (time.monotonic() - started)
-            note = f"{number:,} of {len(tasks):,} shards, {rate:,.0f} samples/s"
-            progress.update(bar, completed=num_read, note=note)
+    stats, cards = {}, []
+    work = Work("read ", num_samples, len(tasks), lambda report: report.num_samples)
+    for report in run_shown(read_shard, tasks, work, console, workers):
+        merge(stats, report.stats)
+        cards += report.cards
     return stats, sorted(cards, key=lambda card: card.key)
 
 

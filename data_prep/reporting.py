@@ -1,8 +1,10 @@
 """What a sharding run tells its user: progress, one line for each kind of problem, and what was done."""
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -11,6 +13,7 @@ from rich.table import Table
 from common.console import build_progress
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
+from data_prep.runner import ray_session, run_tasks
 
 
 class TooManyRefused(ValueError):
@@ -66,6 +69,38 @@ def build_task_progress(console: Console) -> Progress:
     """Returns a progress display whose tasks carry a `note`: what a count or a rate is worth saying."""
     columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", "{task.fields[note]}")
     return build_progress(console, *columns, TimeRemainingColumn())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a progress display says of tasks, one a shard: `total` counts what `num_done` counts of their results."""
+
+    verb: str
+    total: int
+    num_shards: int
+    num_done: Callable[[Any], int]
+    unit: str = "samples/s"
+    unit_size: float = 1
+
+
+def run_shown[Task, Result](
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    work: Work,
+    console: Console,
+    workers: int | None,
+    address: str | None = None,
+) -> Generator[Result]:
+    """Yields what the function returns for each task on Ray, as they finish, showing rate and time left."""
+    num_done, started = 0, time.monotonic()
+    with ray_session(address, workers) as in_flight, build_task_progress(console) as progress:
+        bar = progress.add_task(work.verb, total=work.total, note="")
+        for number, result in enumerate(run_tasks(function, tasks, in_flight), start=1):
+            num_done += work.num_done(result)
+            rate = num_done / work.unit_size / (time.monotonic() - started)
+            note = f"{number:,} of {work.num_shards:,} shards, {rate:,.0f} {work.unit}"
+            progress.update(bar, completed=num_done, note=note)
+            yield result
 
 
 def plan_text(num_rows: int, plan: Plan, num_bytes: int) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 TAR_NAME = re.compile(r"(shard-[0-9]{6,12})\.tar")
 """As `plan.shard_name` writes them."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_shard_names(listed: Iterable[tuple[Any, Any]]) -> None:
@@ -25,16 +24,6 @@ def check_shard_names(listed: Iterable[tuple[Any, Any]]) -> None:
         if tar in seen:
             raise ValueError(f"{tar} is listed twice")
         seen.add(tar)
-
-
-def check_sha256(name: str, value: Any) -> None:
-    """Makes sure that a value in a listing is a SHA-256; a fingerprint names a folder of the cache.
-
-    Raises:
-        ValueError: It is not; the message names it, in ASCII.
-    """
-    if not (isinstance(value, str) and SHA256.fullmatch(value)):
-        raise ValueError(f"{name} {_shown(value)} is no SHA-256 (64 hex digits)")
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +28,7 @@ from common.version import code_version
 from data_prep import output
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
-from data_prep.reporting import RejectLog, build_task_progress, plan_text, summary_text
-from data_prep.runner import ray_session, run_tasks
+from data_prep.reporting import RejectLog, Work, plan_text, run_shown, summary_text
 from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
 from data_prep.source import Source, open_source
 
@@ -197,15 +197,11 @@ def write_shards(
     tasks: Iterable[ShardTask], plan: Plan, reject_log: RejectLog, workers: int | None, address: str | None
 ) -> list[ShardSummary]:
     """Returns the summaries of all shards, written or found whole, showing rate and time left."""
-    summaries, num_done, num_shards = [], 0, len(plan.shards)
-    with ray_session(address, workers) as in_flight, build_task_progress(reject_log.console) as progress:
-        started, bar = time.monotonic(), progress.add_task("write", total=len(plan.order), note="")
-        for summary in run_tasks(write_shard, tasks, in_flight):
+    work = Work("write", len(plan.order), len(plan.shards), lambda summary: summary.num_samples + len(summary.rejects))
+    summaries = []
+    with closing(run_shown(write_shard, tasks, work, reject_log.console, workers, address)) as written:
+        for summary in written:
             summaries.append(summary)
-            num_done += summary.num_samples + len(summary.rejects)
-            rate = num_done / (time.monotonic() - started)
-            note = f"{len(summaries):,} of {num_shards:,} shards, {rate:,.0f} samples/s"
-            progress.update(bar, completed=num_done, note=note)
             reject_log.add(summary.rejects)
     return summaries
 

@@ -9,8 +9,8 @@ What is named is repaired by deleting it and running the same `make shards` agai
 
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,19 +19,10 @@ from rich.console import Console
 
 from common.console import UsageError, build_console, run
 from common.files import Location, file_sizes, open_location, read_whole
-from data_prep.listings import (
-    DIFFERS,
-    UNSEALED,
-    Listings,
-    Manifest,
-    file_digest,
-    identity_digest,
-    inspect_listings,
-    is_sealed,
-)
+from data_prep import listings
+from data_prep.listings import DIFFERS, UNSEALED, Listings, Manifest, inspect_listings
 from data_prep.output import build_index, build_manifest, reject_line
-from data_prep.reporting import build_task_progress
-from data_prep.runner import ray_session, run_tasks
+from data_prep.reporting import Work, run_shown
 from data_prep.shard_task import ShardSummary
 from data_prep.verify_shard import MISSING, Problem, Verdict, VerifyTask, shorten, verify_shard
 
@@ -57,15 +48,15 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
         ValueError: Something is not, or the directory is not finished.
     """
     console, folder = build_console(stderr=True), open_location(out)
-    listings, damage = inspect_listings(folder)
+    listed, damage = inspect_listings(folder)
     present = {} if str(folder).startswith("http") else file_sizes(folder)  # web servers list nothing, or refuse to
-    found = [*check_listings(folder, listings.manifest, damage), *unlisted(present, listings.manifest)]
+    found = [*check_listings(folder, listed.manifest, damage), *unlisted(present, listed.manifest)]
     show(found, console)
-    verdicts = read_shards(build_tasks(folder, listings), present, console, workers, address)
+    verdicts = read_shards(build_tasks(folder, listed), present, console, workers, address)
     summaries = sorted(verdict.summary for verdict in verdicts if verdict.summary)
-    is_whole = len(summaries) == len(verdicts) and listings.manifest.version > 1  # else a repair writes these anew
-    compared = compare(listings, summaries) if is_whole else []
-    compared = shorten([*compared, *check_rejects(folder, listings.manifest, summaries)])
+    is_whole = len(summaries) == len(verdicts) and listed.manifest.version > 1  # else a repair writes these anew
+    compared = compare(listed, summaries) if is_whole else []
+    compared = shorten([*compared, *check_rejects(folder, listed.manifest, summaries)])
     show(compared, console)
     found += [*compared, *(problem for verdict in verdicts for problem in verdict.problems)]
     if found:
@@ -74,9 +65,9 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
             f"{folder}: {count:,} problem{'s' * (count > 1)}, {num_bad:,} of {len(verdicts):,} shards damaged; "
             f"delete the files named above and {AGAIN}: it writes these alone"
         )
-    text = f"{listings.manifest.num_samples:,} samples in {len(verdicts):,} shards, every byte as it was written"
+    text = f"{listed.manifest.num_samples:,} samples in {len(verdicts):,} shards, every byte as it was written"
     console.print(text)
-    return listings.manifest.model_dump(exclude_unset=True)
+    return listed.manifest.model_dump(exclude_unset=True)
 
 
 def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str]) -> Iterator[Problem]:
@@ -89,9 +80,9 @@ def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str])
     except FileNotFoundError:
         yield Problem("plan.json", MISSING)
         return
-    if manifest.version > 1 and not is_sealed(data):
+    if manifest.version > 1 and not listings.is_sealed(data):
         yield Problem("plan.json", UNSEALED)
-    elif manifest.identity_sha256 not in (None, identity_digest(json.loads(data)["identity"])):
+    elif manifest.identity_sha256 not in (None, listings.identity_digest(json.loads(data)["identity"])):
         yield Problem("plan.json", "is not that of these shards")
 
 
@@ -105,39 +96,35 @@ def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:
             yield Problem(name, "does not belong here, manifest.json does not list it")
 
 
-def build_tasks(folder: Location, listings: Listings) -> list[VerifyTask]:
+def build_tasks(folder: Location, listed: Listings) -> list[VerifyTask]:
     """Returns the task of each shard; version 1 has the checksums of sidecars in index.json alone."""
-    told = {shard.raw_data.basename: shard.raw_meta.hashes["sha256"] for shard in listings.index.shards}
-    return [VerifyTask(folder, it, it.sidecar_sha256 or told.get(it.tar)) for it in listings.manifest.shards]
+    told = {shard.raw_data.basename: shard.raw_meta.hashes["sha256"] for shard in listed.index.shards}
+    return [VerifyTask(folder, it, it.sidecar_sha256 or told.get(it.tar)) for it in listed.manifest.shards]
 
 
 def read_shards(
     tasks: list[VerifyTask], present: Iterable[str], console: Console, workers: int | None, address: str | None
 ) -> list[Verdict]:
     """Returns what was found in each shard, after showing it, as shards are read."""
-    verdicts, num_done, total = [], 0, sum(task.shard.bytes for task in tasks)
-    with ray_session(address, workers) as in_flight, build_task_progress(console) as progress:
-        started, bar = time.monotonic(), progress.add_task("read ", total=total, note="")
-        for verdict in run_tasks(verify_shard, tasks, in_flight):
+    verdicts, total = [], sum(task.shard.bytes for task in tasks)
+    work = Work("read ", total, len(tasks), lambda verdict: verdict.num_bytes, "MB/s", 1e6)
+    with closing(run_shown(verify_shard, tasks, work, console, workers, address)) as found:
+        for verdict in found:
             for problem in verdict.problems:
                 if problem.what.startswith(MISSING) and problem.file in present:
                     raise ValueError(f"a worker does not see {problem.file}; every machine must see {tasks[0].folder}")
             show(verdict.problems, console)
             verdicts.append(verdict)
-            num_done += verdict.num_bytes
-            rate = num_done / 1e6 / (time.monotonic() - started)
-            note = f"{len(verdicts):,} of {len(tasks):,} shards, {rate:,.0f} MB/s"
-            progress.update(bar, completed=num_done, note=note)
     return verdicts
 
 
-def compare(listings: Listings, summaries: list[ShardSummary]) -> Iterator[Problem]:
+def compare(listed: Listings, summaries: list[ShardSummary]) -> Iterator[Problem]:
     """Yields each value of the manifest and the index that is not what the sidecars give."""
-    manifest, index = (listing.model_dump() for listing in listings)
+    manifest, index = (listing.model_dump() for listing in listed)
     num_rows = sum(summary.num_samples for summary in summaries) + manifest["num_rejected"]
     expected = {
         "manifest.json": (manifest, build_manifest(summaries, num_rows, manifest["num_rejected"])),
-        "index.json": (index, build_index(summaries, listings.manifest.settings.shard_bytes)),
+        "index.json": (index, build_index(summaries, listed.manifest.settings.shard_bytes)),
     }
     for file, (found, given) in expected.items():
         values = dict(_leaves(found))
@@ -162,7 +149,7 @@ def check_rejects(folder: Location, manifest: Manifest, summaries: Iterable[Shar
     except FileNotFoundError:
         yield Problem("rejects.jsonl", MISSING)
         return
-    if file_digest(data) != manifest.rejects:
+    if listings.file_digest(data) != manifest.rejects:
         yield Problem("rejects.jsonl", DIFFERS)
         return
     lines = data.splitlines(keepends=True)
