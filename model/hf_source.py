@@ -5,18 +5,15 @@ or as older `pytorch_model*.bin`. What a SAISA model could not represent exactly
 window that matters, quantised weights.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -26,7 +23,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from common.json_files import read_json_object
+from model import hf_read
 from model.hf.image_processing_saisa import SaisaImageProcessor
+from model.hf_read import WAY_OUT, check_sizes, files_in_index, named, read_safetensors_file
 
 LLMS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 VISIONS = {
@@ -56,7 +56,7 @@ def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> 
     Raises:
         ValueError: it has something that a SAISA model cannot represent.
     """
-    if raw.get("model_type") not in LLMS:
+    if str(raw.get("model_type")) not in LLMS:
         raise ValueError(
             f"{folder}: model_type={raw.get('model_type')!r} is not supported; use one of {', '.join(LLMS)}"
         )
@@ -65,6 +65,7 @@ def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> 
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 or 4
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ValueError(f"{folder}: rope scaling {kind!r} is not supported; use a model without it")
+    check_sizes(folder, raw)
     llm = LLMS[raw["model_type"]].from_dict(raw)
     for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if getattr(llm, name, only) != only:
@@ -103,12 +104,13 @@ def vision_fields(folder: Path) -> dict[str, Any]:
         ValueError: it is neither CLIP nor SigLIP.
     """
     raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in VISIONS:
+    if str(raw.get("model_type")) not in VISIONS:
         raise ValueError(
             f"{folder}: model_type={raw.get('model_type')!r} is not supported; use a CLIP or SigLIP encoder"
         )
     if raw.get("quantization_config"):
         raise ValueError(f"{folder}: the checkpoint is quantised; use the original weights")
+    check_sizes(folder, raw)
     config = VISIONS[raw["model_type"]].from_dict(raw.get("vision_config", raw))
     fields = {name: getattr(config, name) for name in VISION_FIELDS if hasattr(config, name)}
     return {"model_type": config.model_type} | fields
@@ -131,7 +133,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     # transformers 4.57.3 to 4.57.6 take a vocabulary of more than 100,000 tokens for Mistral's and advise to change it.
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     options = {} if "mistral" in config.get("model_type", "") else {"fix_mistral_regex": False}
-    found = AutoTokenizer.from_pretrained(folder, **options)
+    found = hf_read.load_tokenizer(folder, **options)
     if not found.is_fast:
         raise ValueError(f"{folder}: {type(found).__name__} has no fast form, which the exported folder needs")
     if (folder / "tokenizer.model").is_file():
@@ -193,41 +195,40 @@ def read_checkpoint(folder: Path) -> Iterator[Named]:
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if not index.is_file() and not single.is_file():
             continue
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [single.name]
+        names = files_in_index(index) if index.is_file() else [single.name]
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"{folder}: the index names files that are not there: {', '.join(missing)}")
         for name in names:
-            yield from _read_safetensors(folder / name) if suffix == "safetensors" else _read_bin(folder / name)
+            yield from read_safetensors_file(folder / name) if suffix == "safetensors" else _read_bin(folder / name)
         return
     raise ValueError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards")
 
 
-def _read_safetensors(file: Path) -> Iterator[Named]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-            yield name, tensors.get_tensor(name)
-
-
-def _read_bin(file: Path) -> Iterable[Named]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-    except RuntimeError:  # written before torch 1.6, which cannot be mapped
-        return torch.load(file, map_location="cpu", weights_only=True).items()
+def _read_bin(file: Path) -> list[Named]:
+    with named(file):
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6, which cannot be mapped
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            raise ValueError("it does not hold tensors by name")
+        return list(found.items())
 
 
 def _end_ids(folder: Path, configured: int | list[int] | None) -> int | list[int] | None:
     """Returns the ids at which the language model stops: its generation configuration knows more than its own."""
     if not (folder / "generation_config.json").is_file():
         return configured
-    return GenerationConfig.from_pretrained(folder).eos_token_id or configured
+    with named(folder / "generation_config.json"):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or configured
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Returns the content of one of a checkpoint's JSON files.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is damaged.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file; {file.parent} must be a checkpoint folder in Hugging Face format")
-    return json.loads(file.read_text())
+    return read_json_object(file, WAY_OUT)

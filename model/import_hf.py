@@ -15,6 +15,7 @@ import torch
 
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf_folder import add_image_token, write_hf_folder
+from model.hf_read import named
 from model.hf_source import (
     Named,
     llm_fields,
@@ -54,8 +55,9 @@ def compose_base(
     Raises:
         ValueError: a checkpoint is of an unsupported kind, or incomplete.
     """
-    fields = llm_fields(llm, read_json(llm / "config.json"), max_positions)
-    tokenizer = load_tokenizer(llm)
+    with named(llm):
+        fields = llm_fields(llm, read_json(llm / "config.json"), max_positions)
+        tokenizer = load_tokenizer(llm)
     config = _build_config(fields, tokenizer, vision, vision_select_layer, projector_type)
 
     def tensors() -> Iterator[Named]:
@@ -91,12 +93,13 @@ def convert_release(
         ValueError: the checkpoint is of an unsupported kind, or incomplete.
     """
     raw = read_json(release / "config.json")
-    if raw.get("model_type") not in RELEASES:
+    if str(raw.get("model_type")) not in RELEASES:
         raise ValueError(f"{release}: model_type={raw.get('model_type')!r} must be one of {', '.join(RELEASES)}")
     if raw.get("mm_vision_select_feature", "patch") != "patch":
         raise ValueError(f"{release}: mm_vision_select_feature={raw['mm_vision_select_feature']!r} must be 'patch'")
-    fields = llm_fields(release, raw | {"model_type": RELEASES[raw["model_type"]]}, max_positions)
-    tokenizer = load_tokenizer(release)
+    with named(release):
+        fields = llm_fields(release, raw | {"model_type": RELEASES[raw["model_type"]]}, max_positions)
+        tokenizer = load_tokenizer(release)
     projector_type = "linear" if raw.get("mm_projector_type") == "linear" else "mlp"
     config = _build_config(fields, tokenizer, vision, raw.get("mm_vision_select_layer", -2), projector_type)
 
@@ -122,9 +125,11 @@ def convert_release(
 def _build_config(
     fields: dict[str, Any], tokenizer: Any, vision: Path, select_layer: int, projector_type: str
 ) -> SaisaConfig:
+    with named(vision):
+        described = vision_fields(vision)
     return SaisaConfig(
         **fields,
-        vision_config=vision_fields(vision),
+        vision_config=described,
         vision_select_layer=select_layer,
         projector_type=projector_type,
         image_token_id=add_image_token(tokenizer, fields["vocab_size"]),

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from model.config import VisionConfig
 from model.flops import encoder_forward_flops
-from model.hf.configuration_saisa import SaisaConfig
 from model.hf.vision_saisa import VisionTower, stored_name
+from model.hf_read import load_config
 from model.weights import read_safetensors
 
 PREFIX = "model.vision_tower."
@@ -29,7 +29,7 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     Raises:
         ValueError: weights are missing.
     """
-    config = SaisaConfig.from_pretrained(base)
+    config = load_config(base)
     tower = VisionTower(config.vision_config, config.vision_select_layer)
     stored = read_safetensors(base, lambda name: name.startswith(PREFIX))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in stored}
@@ -42,7 +42,7 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
 
 def flops_per_image(base: Path, vision: VisionConfig) -> int:
     """Returns the FLOPs of encoding one image with the encoder of a base folder."""
-    stored = SaisaConfig.from_pretrained(base).vision_config
+    stored = load_config(base).vision_config
     return encoder_forward_flops(vision, stored.intermediate_size)
 
 

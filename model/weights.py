@@ -10,7 +10,6 @@
 A stage 1 model has one `shared_projector`; in Hugging Face terms that is the same projector in every layer.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.hf_read import files_in_index, read_safetensors_file
 
 SHARED = "shared_projector."
 GATED = "mlp.linear_fc1.weight"  # gates, then ups: each tensor-parallel rank has a part of both
@@ -142,19 +141,13 @@ def read_safetensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Na
     """Yields the wanted tensors of a Hugging Face folder, one at a time.
 
     Raises:
-        ValueError: there are no safetensors in the folder.
+        ValueError: there are no safetensors in the folder, or damaged ones.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
+    for file in files_in_index(index) if index.is_file() else ["model.safetensors"]:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file}: no such weight file; make a base folder with `make import-hf`")
-        with safe_open(folder / file, framework="pt") as tensors:
-            for name in filter(wanted, tensors.keys()):
-                yield name, tensors.get_tensor(name)
+        yield from read_safetensors_file(folder / file, wanted)
 
 
 def tensor_parallel_part(

@@ -23,7 +23,6 @@ import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -36,6 +35,7 @@ from transformers import (
 from common.console import run
 from data_prep.json_rows import read_rows
 from model.hf.configuration_saisa import SaisaConfig
+from model.hf_read import load_tokenizer
 from model.import_hf import compose_base
 from pipeline.data.templates import TEMPLATES, chat_template
 
@@ -54,7 +54,7 @@ def build_tiny_base(texts: Iterable[str], out: Path, *, tokenizer: Path | None =
         tokenizer: Folder of a tokenizer; the model's vocabulary is as large as it.
         seed: For the weights.
     """
-    words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_tokenizer(texts, PHRASES)
+    words = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(texts, PHRASES)
     with tempfile.TemporaryDirectory() as parts:
         llm, vision = Path(parts, "llm"), Path(parts, "vision")
         build_tiny_llm(words, llm, vocab_size=len(words) if tokenizer else VOCAB_SIZE, seed=seed)

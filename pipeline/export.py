@@ -12,11 +12,10 @@ from typing import Annotated
 
 import typer
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from common.console import run
-from model.hf.configuration_saisa import SaisaConfig
 from model.hf_folder import write_hf_folder
+from model.hf_read import load_config, load_tokenizer
 from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info
@@ -41,10 +40,10 @@ def export(checkpoint: Path, out: Path) -> None:
     shutdown_distributed()
     if config.phase == "pretrain":
         trained = dict(spread_shared_projector(trained, config.model.num_layers))
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     write_hf_folder(
         out,
-        SaisaConfig.from_pretrained(base),
+        load_config(base),
         merged(base, dict(to_hf(trained.items(), name_table(config.model)))),
         tokenizer,
         load_image_processor(base, config.data.image_aspect_ratio),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
+from model import hf_read
 from model.config import ModelConfig, model_config_from_hf
-from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import SaisaImageProcessor
+from model.hf_read import load_config
 from model.saisa import SaisaModel
 from model.weights import (
     SHARED,
@@ -35,12 +36,12 @@ def base_model_config(base: Path) -> ModelConfig:
         raise ValueError(
             f"{base}: no base folder here (no config.json); make one with `make import-hf` or `make tiny-base`"
         )
-    return model_config_from_hf(SaisaConfig.from_pretrained(base))
+    return model_config_from_hf(load_config(base))
 
 
 def load_image_processor(base: Path, image_aspect_ratio: str) -> SaisaImageProcessor:
     """Returns the base's image processor, set to `square` or `pad`."""
-    return SaisaImageProcessor.from_pretrained(base, image_aspect_ratio=image_aspect_ratio)
+    return hf_read.load_image_processor(base, image_aspect_ratio=image_aspect_ratio)
 
 
 def initial_parameters(config: RunConfig, model: SaisaModel, tp_group: ProcessGroup) -> None:

@@ -5,8 +5,10 @@ loaded at any tensor, pipeline and data parallelism. `writer` writes them.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from megatron.core import dist_checkpointing
@@ -18,8 +20,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from model.backend import FP8_STATE, fp8_state_trusted, has_fp8_state
+from common.pickles import tell
+from model.backend import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.saisa import SaisaModel
+from pipeline.checkpoint.data_only import check_data, data_only
 from pipeline.checkpoint.integrity import damaged_files
 from pipeline.checkpoint.run_info import RunInfo, check_run, checkpoints_of, read_info
 from pipeline.distributed import broadcast_from_rank0
@@ -44,10 +48,10 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
             return checkpoint
         if checkpoint == checkpoints[-1]:
             way_out = "none is left to go on from" if number else "there is no other"
-            raise _damage(checkpoint, ", ".join(damaged), f"{way_out}; use another run_dir")
+            _refuse(checkpoint, damaged, f"{way_out}; use another run_dir")
         if resume == "auto":
             way_out = f"checkpoint.resume=newest_whole looks for a whole one before it, from {checkpoints[1].name} on"
-            raise _damage(checkpoint, ", ".join(damaged), way_out)
+            _refuse(checkpoint, damaged, way_out)
     return None
 
 
@@ -67,14 +71,15 @@ def restore_checkpoint(
     check_run(checkpoint, info, run)
     # Data-parallel ranks need the same: each reads a part, and they exchange.
     reads = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
-    state = _load(
-        sharded_state(stages, optimizer, groups, is_loading=True), checkpoint, OTHER_VERSION, sharded_strategy=reads
-    )
-    with fp8_state_trusted():
+    wanted = sharded_state(stages, optimizer, groups, is_loading=True)
+    _check_data(checkpoint, OTHER_VERSION)
+    with _named_damage(checkpoint, OTHER_VERSION):
+        state: Any = dist_checkpointing.load(wanted, str(checkpoint), sharded_strategy=cast(Any, reads))
         for number, stage in enumerate(stages):
-            stage.load_state_dict(state[f"stage{number}"], strict=False)
-    load_optimizer_state(optimizer, state["optimizer"])
-    torch.set_rng_state(state["rng"])
+            with fp8_state_checked(state[f"stage{number}"]):
+                stage.load_state_dict(state[f"stage{number}"], strict=False)
+        load_optimizer_state(optimizer, state["optimizer"])
+        torch.set_rng_state(state["rng"])
     return info["step"]
 
 
@@ -111,18 +116,49 @@ def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
     before = [other for other in checkpoints_of(checkpoint.parent.parent) if other.name < checkpoint.name]
     way_out = f"try {before[0]} instead" if before else "there is none before it"
     if damaged := damaged_files(checkpoint):
+        _refuse(checkpoint, damaged, way_out)
+    _check_data(checkpoint, way_out)
+    with _named_damage(checkpoint, way_out):
+        metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        wanted = {key: tensor for key, tensor in metadata.items() if not key.startswith("optimizer.")}
+        loaded: Any = dist_checkpointing.load(dict(wanted), str(checkpoint), validate_access_integrity=False)
+        return {key: loaded[key] for key in wanted}
+
+
+def _check_data(checkpoint: Path, way_out: str) -> None:
+    """Lets the first process look for what a checkpoint must not hold; all call it."""
+
+    def check() -> None:
+        try:
+            check_data(checkpoint)
+        except ValueError as error:
+            raise _damage(checkpoint, str(error), way_out) from None
+
+    broadcast_from_rank0(check)
+
+
+def _refuse(checkpoint: Path, damaged: list[str], way_out: str) -> NoReturn:
+    """Raises the same on all processes, of which one says it."""
+
+    def refuse() -> None:
         raise _damage(checkpoint, ", ".join(damaged), way_out)
-    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    wanted = {key: tensor for key, tensor in metadata.items() if not key.startswith("optimizer.")}
-    state = _load(wanted, checkpoint, way_out, validate_access_integrity=False)
-    return {key: state[key] for key in wanted}
+
+    broadcast_from_rank0(refuse)
+    raise AssertionError
 
 
-def _load(sharded: dict[str, Any], checkpoint: Path, way_out: str, **options: Any) -> dict[str, Any]:
+@contextmanager
+def _named_damage(checkpoint: Path, way_out: str) -> Iterator[None]:
+    """Reads data alone, and makes one line of what torch and megatron-core raise about a checkpoint."""
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(sharded, str(checkpoint), **options))
-    except (CheckpointException, CheckpointingException) as error:  # torch's is no Exception: nobody else would see it
+        with data_only():
+            yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # not its fault
+    except (CheckpointException, CheckpointingException, Exception) as error:  # torch's first is no Exception
         why = first_cause(error)
+    else:
+        return
     raise _damage(checkpoint, why, way_out)
 
 
@@ -136,4 +172,4 @@ def first_cause(error: BaseException) -> str:
         first: object = error
     else:  # the process that gathers tells the others no more than that
         first = next((failure[0] for failure in error.failures.values()), "one of the processes failed, and says why")
-    return " ".join(str(first).split())[:300]
+    return tell(first) if isinstance(first, BaseException) else str(first)

@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 
 from common.files import write_whole
+from common.json_files import parse_json
+from common.paths import within
 
 MANIFEST = "integrity.json"
 ALGORITHM = "sha256"
+NEEDED = {".metadata", "info.json", "metadata.json"}
 NUM_THREADS = 4  # hashing leaves Python's lock
 
 
@@ -53,22 +56,23 @@ def damaged_files(folder: Path) -> list[str]:
 
 def _damaged_share(folder: Path, rank: int, num_ranks: int) -> list[str]:
     try:
-        expected = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = parse_json(within(folder, MANIFEST).read_bytes())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return [MANIFEST]
-    if not isinstance(expected, dict) or not expected:
+    if not isinstance(expected, dict) or not expected.keys() >= NEEDED:
         return [MANIFEST]
-    unknown = {file.name for file in folder.glob("*.distcp")} - expected.keys()
+    unknown = {file.name for pattern in ("*.distcp", "common.pt") for file in folder.glob(pattern)} - expected.keys()
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         share = sorted(expected)[rank::num_ranks]
-        as_written = threads.map(lambda name: _is_as_written(folder / name, expected[name]), share)
+        as_written = threads.map(lambda name: _is_as_written(folder, name, expected[name]), share)
         return [*unknown, *(name for name, is_so in zip(share, as_written, strict=True) if not is_so)]
 
 
-def _is_as_written(file: Path, digest: str) -> bool:
+def _is_as_written(folder: Path, name: str, digest: str) -> bool:
     try:
-        return _digest(file) == digest
-    except OSError:
+        file = within(folder, name)
+        return file.is_file() and _digest(file) == digest
+    except (OSError, ValueError):
         return False
 
 

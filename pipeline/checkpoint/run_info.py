@@ -5,11 +5,12 @@ refuses and says what differs; how the model is divided, and over how many proce
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.json_files import read_json_object
+from common.paths import within
 from pipeline.config import PROJECTOR_WORDS, RunConfig
 from pipeline.data.lengths import tokenizer_fingerprint
 
@@ -112,11 +113,9 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "info.json"
     if not file.is_file():
         raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
-    try:
-        info = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: damaged ({error}); name another checkpoint") from None
-    if not {"step", "run", "config"} <= info.keys():
+    info = read_json_object(within(checkpoint, file.name), "name another checkpoint")
+    objects = all(isinstance(info.get(name), dict) for name in ("run", "config"))
+    if not (objects and isinstance(info.get("step"), int) and isinstance(info["run"].get("phase"), str)):
         raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")
     return info
 

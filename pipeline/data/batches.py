@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer
 
 from model.hf.image_processing_saisa import SaisaImageProcessor
+from model.hf_read import load_tokenizer
 from model.pack import IGNORE_INDEX, Pack
 from pipeline.config import RunConfig
 from pipeline.data.images import decode_image
@@ -260,7 +260,7 @@ def build_source(
         config,
         Schedule(config, sources, table, coordinates.dp_size),
         Mixture(sets),
-        AutoTokenizer.from_pretrained(config.init.base),
+        load_tokenizer(config.init.base),
         load_image_processor(config.init.base, config.data.image_aspect_ratio),
         coordinates,
     )

@@ -19,10 +19,10 @@ from zipfile import ZipFile
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TimeRemainingColumn
-from transformers import AutoTokenizer
 
 from common.console import build_progress
 from common.files import read_whole, write_whole
+from model import hf_read
 from pipeline.data.probes import encoding_digest
 from pipeline.data.samples import Sample, build_sample
 from pipeline.data.templates import ConversationError, SpecialTokens, Tokenizer
@@ -159,7 +159,7 @@ def measure(records: Iterable[dict], encoding: Encoding, tokenizer: Tokenizer) -
 @cache
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Returns the tokenizer of a base folder."""
-    return AutoTokenizer.from_pretrained(folder)
+    return hf_read.load_tokenizer(folder)
 
 
 def _dump(table: LengthTable) -> bytes:
@@ -178,7 +178,7 @@ def _load(file: Path, num_samples: int) -> LengthTable:
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise ValueError(f"{file} is damaged (its checksum is wrong); delete it, and it is computed again")
-    with np.load(io.BytesIO(data)) as stored:
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         table = LengthTable(stored["values"], dict(json.loads(stored["problems"].tobytes())))
     if len(table) != num_samples:
         raise ValueError(f"{file} knows {len(table)} samples, the shards hold {num_samples}; delete it")

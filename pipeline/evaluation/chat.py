@@ -19,6 +19,7 @@ from common.images import ImageError, load_image
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import check_export
+from model.hf_read import check_code, load_model, load_processor
 
 Message = dict[str, Any]
 
@@ -63,12 +64,13 @@ def load_chat(folder: Path, image: Path | None = None, device: str | None = None
         ValueError: the folder holds no export of ours, or the image does not open.
     """
     check_export(folder)
+    check_code(folder)
     target = _device(device)
     picture = None if image is None else open_image(image)
-    processor = SaisaProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     if processor.chat_template is None:
         raise ValueError(f"{folder}: no chat_template.jinja, so nobody knows how to ask this model; export it again")
-    model = SaisaForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    model = load_model(folder, dtype="auto")
     model.to(target)  # pyright: ignore[reportArgumentType]
     return Chat(model.eval(), processor, picture, **options)
 

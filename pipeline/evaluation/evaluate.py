@@ -8,6 +8,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from common.images import load_image
 from data_prep.image_roots import ImageEntry, open_images, read_image
 from data_prep.records import Refused, check_path
 from model.hf_folder import check_export
+from model.hf_read import check_code, load_model, load_processor, named
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
 
 MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some that say yes in a sentence
@@ -38,6 +40,7 @@ def evaluate(
     rows: slice = slice(None),
     batch_size: int = 64,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Returns the model's greedy answers to the questions of a LLaVA JSON file.
 
@@ -49,6 +52,7 @@ def evaluate(
         rows: Which rows of `data`.
         batch_size: Questions answered at once.
         max_new_tokens: Longest answer.
+        trust_remote_code: Run the Python files in `model_dir`; without it they must be those of this repository.
 
     Raises:
         ValueError: a file is missing or does not hold what it should, or every question is too long for the model.
@@ -56,8 +60,7 @@ def evaluate(
     questions = read_questions(data, rows)
     check_export(model_dir)
     entries = find_images(questions, images)  # before anything is loaded
-    processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=True, dtype="auto").eval()
+    processor, model = load_folder(model_dir, trust_remote_code)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     limit = model.config.max_position_embeddings
     fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
@@ -66,6 +69,21 @@ def evaluate(
         raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
     asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
     return EvaluationResult(answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens), too_long)
+
+
+def load_folder(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Returns the processor and the model of an export, with the code of this repository or of the folder.
+
+    Raises:
+        ValueError: The folder is damaged, or was written by another version and is not trusted.
+    """
+    if not trust_remote_code:
+        check_code(folder)
+        return load_processor(folder), load_model(folder, dtype="auto").eval()
+    trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+    with named(folder):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **trusted)
+        return AutoProcessor.from_pretrained(folder, **trusted), model.eval()
 
 
 @torch.inference_mode()
@@ -162,7 +180,7 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
     """Returns where the images of the questions are, by the paths in their rows; found as `make shards` finds them.
 
     Raises:
-        ValueError: one is not there, or its path leads out of the folder.
+        ValueError: one is not there, or its path or a link leads out of the folder.
     """
     roots, entries = open_images([str(root)]), {}
     for question in questions:
@@ -174,8 +192,18 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
                 raise ValueError(f"record {question.row_id!r}, image {path!r}: {error}") from None
             if entry is None:
                 raise ValueError(f"{root}/{path}: no such image, wanted by record {question.row_id!r}; check --images")
+            if os.path.isdir(root) and not _is_inside(entry.file, root):
+                raise ValueError(
+                    f"{entry.file} is a link that leads out of --images, wanted by record {question.row_id!r}; put the "
+                    "image itself there"
+                )
             entries[path] = entry
     return entries
+
+
+def _is_inside(file: str, root: str | Path) -> bool:
+    """Whether a file lies in a folder when all links are followed: rows come from outside, and links may too."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
 
 def _open(entry: ImageEntry, question: Question) -> Image.Image:
@@ -204,6 +232,9 @@ def main(
     batch_size: Annotated[int, Option(min=1, help="questions answered at once")] = 64,
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = MAX_NEW_TOKENS,
     out: Annotated[Path | None, Option(help="JSON file for scores and answers")] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="run the Python files in the exported folder")
+    ] = False,
 ) -> None:
     """Scores an exported checkpoint on questions with short answers."""
     if baseline_rows and not baseline_data:
@@ -212,7 +243,8 @@ def main(
     guessed_from = None
     if baseline_data:
         guessed_from = read_questions(baseline_data, parse_rows(baseline_rows, "--baseline-rows"))
-    result = evaluate(model, data, images, blind, rows=chosen, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    result = evaluate(model, data, images, blind, rows=chosen, trust_remote_code=trust_remote_code, **options)
     for family, accuracy in result.per_family.items():
         print(f"{plain(family):12} {accuracy:.1%}")
     print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")

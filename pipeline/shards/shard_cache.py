@@ -23,6 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.paths import within
+
 WAIT_SECONDS = 1800.0  # for a shard that another process fetches: a healthy download takes less
 POLL_SECONDS = 0.05
 SETS = "[0-9a-f]" * 64  # a glob of fingerprints: whatever else is in a cache folder is not ours to remove
@@ -34,21 +36,6 @@ class NoRoom(OSError):
 
 class Busy(OSError):
     """Somebody else has a file in hand."""
-
-
-def within(root: Path, *names: str) -> Path:
-    """Returns `root / name / ...` if that is where it says: in the folder `root`, which alone may be a link.
-
-    Raises:
-        ValueError: A name is no plain file name, or a link leads elsewhere.
-    """
-    path = root.joinpath(*names)
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise ValueError(f"{name!r} is no plain file name; nothing outside the cache {root} is touched")
-    if (found := os.path.realpath(path)) != os.path.join(os.path.realpath(root), *names):
-        raise ValueError(f"{path} is a link that leads to {found}, not a file of the cache {root}; remove the link")
-    return path
 
 
 class ShardCache:

@@ -108,7 +108,7 @@ def test_blind_sees_the_same_in_every_picture(world: Path) -> None:
 
 def test_a_cut_answer_is_counted_and_an_answer_that_ends_is_not(world: Path, monkeypatch) -> None:
     """A model that says three tokens and its end: two allowed cut all answers, four none."""
-    monkeypatch.setattr(module, "AutoModelForImageTextToText", Speaks)
+    monkeypatch.setattr(module, "load_model", Speaks.from_pretrained)
     cut = evaluate(world / "model", world / "test.json", world, max_new_tokens=3)
     whole = evaluate(world / "model", world / "test.json", world, max_new_tokens=4)
     assert (cut.num_cut, whole.num_cut) == (4, 0)
@@ -158,7 +158,7 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
     long = next(num_words for num_words in range(limit) if room(num_words) <= 3)
     rows = [row(None, "a " * long + "a", "x"), row(None, "Say something.", "no")]
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(module, "AutoModelForImageTextToText", Speaks)
+    monkeypatch.setattr(module, "load_model", Speaks.from_pretrained)
     answers = evaluate(world / "model", tmp_path / "test.json", world).answers
     assert 0 < room(long) <= 3 and [answer.is_cut for answer in answers] == [True, False]
     assert answers[0].text == processor.tokenizer.decode([5, 6, 7][: room(long)], skip_special_tokens=True).strip()
@@ -225,3 +225,19 @@ def test_images_are_found_as_sharding_finds_them(tmp_path: Path) -> None:
     for path, told in (("../a.png", "must be relative and stay under"), ("b.png", "b.png: no such image")):
         with pytest.raises(ValueError, match=told):
             find_images([Question("7", "", (path,), "what?", "a")], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "folder link"])
+def test_no_image_outside_the_folder_is_read(world: Path, tmp_path: Path, kind: str) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "link.png").symlink_to(world / "0.png")
+    (images / "folder").symlink_to(world)
+    Image.open(world / "0.png").save(tmp_path / "0.png")
+    name = {"parent": "../0.png", "absolute": str(world / "0.png"), "link": "link.png", "folder link": "folder/0.png"}
+    (tmp_path / "test.json").write_text(json.dumps([row(name[kind], "<image>\nIs it?", "no")]))
+    with pytest.raises(ValueError, match=r"must be relative and stay under|is a link that leads out of"):
+        evaluate(world / "model", tmp_path / "test.json", images)
+    (tmp_path / "images link").symlink_to(world)  # the folder itself may be one
+    (tmp_path / "test.json").write_text(json.dumps([row("0.png", "<image>\nIs it?", "no")]))
+    assert evaluate(world / "model", tmp_path / "test.json", tmp_path / "images link", max_new_tokens=1).num_questions

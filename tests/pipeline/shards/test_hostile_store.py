@@ -9,8 +9,9 @@ from shutil import copytree
 
 import pytest
 
+from common.paths import within
 from data_prep.listings import file_digest, seal
-from pipeline.shards.shard_cache import ShardCache, within
+from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.shard_set import ShardSet
 from tests.watch import snapshot
 
@@ -80,13 +81,13 @@ def test_a_fingerprint_names_a_folder_of_the_cache(shard_folder, tmp_path, victi
 def test_the_cache_has_no_path_outside_whatever_a_listing_says(tmp_path, victim, name):
     root = victim.parent.parent / "cache"
     cache = ShardCache(root, "0" * 64, 10)
-    with pytest.raises(ValueError, match="nothing outside the cache"):
+    with pytest.raises(ValueError, match="nothing outside"):
         cache.path(name)
-    with pytest.raises(ValueError, match="nothing outside the cache"), cache.locked(name):
+    with pytest.raises(ValueError, match="nothing outside"), cache.locked(name):
         pass
-    with pytest.raises(ValueError, match="nothing outside the cache"), cache.arriving(name, 1, (), True):
+    with pytest.raises(ValueError, match="nothing outside"), cache.arriving(name, 1, (), True):
         pass
-    with pytest.raises(ValueError, match="nothing outside the cache"):
+    with pytest.raises(ValueError, match="nothing outside"):
         ShardCache(root, name, None)
     assert not root.exists()
 

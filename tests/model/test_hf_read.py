@@ -1,0 +1,232 @@
+"""Folders from somebody else: no code of theirs runs, nobody is asked, damage is one line that names the folder."""
+
+import io
+import json
+import os
+import struct
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.hf_folder import check_export
+from model.hf_read import (
+    check_code,
+    files_in_index,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    read_safetensors_file,
+)
+from model.hf_source import read_checkpoint, read_json
+from model.import_hf import compose_base
+from model.weights import read_safetensors
+from pipeline.evaluation.chat import load_chat
+from pipeline.evaluation.evaluate import evaluate
+from tests.hf_compat.make_folder import make_export
+
+DEEP = "[" * 200_000
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf-read")
+    make_export(folder / "work", folder / "export", "llama", "clip", "mlp")
+    return folder
+
+
+@pytest.fixture
+def export(world: Path, tmp_path: Path) -> Path:
+    return copytree(world / "export", tmp_path / "export")
+
+
+@pytest.fixture(autouse=True)
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+def change(file: Path, **changes: object) -> None:
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(before | changes))
+
+
+def test_code_in_an_export_does_not_run(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    )
+    with (export / "modeling_saisa.py").open("a") as file:
+        file.write(f"\nimport os\nos.mkdir({str(tmp_path / 'executed')!r})\n")
+    for use in (
+        lambda: check_code(export),
+        lambda: load_chat(export),
+        lambda: evaluate(export, tmp_path / "rows.json", tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"another version .*modeling_saisa.py differs.*--trust-remote-code"):
+            use()
+    load_model(export), load_processor(export)  # this repository's classes
+    assert not (tmp_path / "executed").exists()
+    evaluate(export, tmp_path / "rows.json", tmp_path, trust_remote_code=True, max_new_tokens=1)
+    assert (tmp_path / "executed").exists()
+
+
+def test_an_export_without_code_is_data(export: Path) -> None:
+    for file in export.glob("*.py"):
+        file.unlink()
+    assert load_chat(export, device="cpu", max_new_tokens=1).ask("a") is not None
+
+
+def test_importing_a_folder_with_code_neither_asks_nor_runs_it(world: Path, tmp_path: Path) -> None:
+    llm = copytree(world / "work" / "llm", tmp_path / "llm")
+    (llm / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass T: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.T", "evil.T"], "AutoConfig": "evil.T", "AutoModelForCausalLM": "evil.T"}
+    change(llm / "config.json", auto_map=auto_map)
+    change(llm / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="T")
+    try:
+        compose_base(llm, world / "work" / "clip", tmp_path / "base")
+    except ValueError as error:
+        assert str(llm) in str(error) and "\n" not in str(error)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_file", "vocab_file", "merges_file"])
+def test_a_tokenizer_reads_no_file_elsewhere(export: Path, name: str) -> None:
+    change(export / "tokenizer_config.json", **{name: "/etc/passwd"})
+    for load in (load_tokenizer, load_processor):
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {name}='/etc/passwd' names a file"):
+            load(export)
+
+
+@pytest.mark.parametrize("name", ["../victim.safetensors", "/etc/passwd", "", None, 7, "a/b"])
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_names_files_beside_it(tmp_path: Path, name: object, stem: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "victim.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ValueError, match="no plain file name"):
+        files_in_index(folder / f"{stem}.index.json")
+    with pytest.raises(ValueError, match="no plain file name"):
+        list(read_checkpoint(folder))
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        header(b"{}", 1 << 60),
+        header(DEEP.encode()[:90_000]),
+        header(b"[]"),
+        header(b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}') + bytes(8),
+        header(b'{"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}') + bytes(4),
+        header(b'{"w": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+        header(b'{"w": {"dtype": "F32", "shape": [9223372036854775807, 9], "data_offsets": [0, 4]}}') + bytes(4),
+    ],
+    ids=range(9),
+)
+def test_a_damaged_safetensors_file_is_one_line(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    for read in (
+        lambda: list(read_safetensors_file(tmp_path / "model.safetensors")),
+        lambda: list(read_safetensors(tmp_path, lambda name: True)),
+        lambda: list(read_checkpoint(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"model.safetensors cannot be read .*download or write it again") as told:
+            read()
+        assert "\n" not in str(told.value)
+
+
+class Executes:
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_old_weights_are_read_as_data(tmp_path: Path) -> None:
+    for content, told in (
+        ({"w": Executes(tmp_path / "executed")}, "it names posix.mkdir"),
+        ([1], "does not hold tensors by name"),
+        ({"w": "text"}, "does not hold tensors by name"),
+    ):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=f"pytorch_model.bin cannot be read .*{told}") as refused:
+            list(read_checkpoint(tmp_path))
+        assert "\n" not in str(refused.value)
+    stream = io.BytesIO()
+    torch.save({"w": torch.ones(100)}, stream)
+    (tmp_path / "pytorch_model.bin").write_bytes(stream.getvalue()[:-200])
+    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read"):
+        list(read_checkpoint(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", DEEP, "{" + '"a":{' * 100_000, "\udcff"], ids=range(7))
+def test_a_damaged_config_is_one_line(export: Path, text: str) -> None:
+    (export / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    for read in (check_export, load_config, load_model, lambda folder: read_json(folder / "config.json")):
+        with pytest.raises(ValueError, match=r"config.json is damaged") as told:
+            read(export)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": "4"},
+        {"num_hidden_layers": -1},
+        {"hidden_size": 10**30},
+        {"hidden_size": [1]},
+        {"vocab_size": 1.5},
+        {"vision_config": {"model_type": "clip", "image_size": 10**12}},
+        {"vision_config": 7},
+        {"projector_type": {}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_crafted_config_is_one_line(export: Path, changes: dict) -> None:
+    change(export / "config.json", **changes)
+    with pytest.raises(ValueError, match=f"{export}") as told:
+        load_model(export)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", DEEP, '{"model": {"type": "BPE"}}'], ids=range(6))
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_damaged_tokenizer_is_one_line(export: Path, name: str, text: str) -> None:
+    (export / name).write_text(text)
+    try:
+        load_tokenizer(export)
+    except ValueError as error:
+        assert str(export) in str(error) and "\n" not in str(error)
+    else:
+        assert name != "tokenizer.json" and text in ("{}", '{"model": {"type": "BPE"}}', "[]", "", "{", DEEP)
+
+
+def test_a_damaged_sentencepiece_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    for data in (b"", b"\0" * 100, b"\xff" * 100, os.urandom(1000)):
+        (tmp_path / "tokenizer.model").write_bytes(data)
+        with pytest.raises(ValueError, match=f"{tmp_path}") as told:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(told.value)
+
+
+def test_a_whole_file_reads_equal(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = dict(read_safetensors_file(tmp_path / "model.safetensors", lambda name: name == "a"))
+    assert list(found) == ["a"] and torch.equal(found["a"], tensors["a"])
