@@ -101,4 +101,7 @@ def describe(error: ValueError | OSError) -> str:
     """Returns what an error says to a user, in one line."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}{way_out(error)}"  # without Python's "[Errno 2]"
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG")
+        return f"{error.object!a} cannot be said in the locale LC_ALL={locale}; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
     return str(error)

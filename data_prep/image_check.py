@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from common.images import ImageError, opened
-from data_prep.records import Refused
+from data_prep.row_shapes import Refused
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "SUN": "ras", "PIXAR": "pxr"}
 """Where they differ from the lower-case format. MPO: what Pillow calls a JPEG with more pictures behind the first."""

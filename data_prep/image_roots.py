@@ -17,14 +17,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from upath import UPath
 
 from common.console import UsageError
 from common.files import Location, named_errors, open_location, read_range
+from data_prep.row_shapes import Refused
 from data_prep.zip_images import ZipDirectory, ZipSlot, read_member
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "avif", "jp2")
+REFUSED_ERRORS = (errno.ELOOP, errno.EACCES, errno.EPERM)
 NAMED_ROOT = re.compile(r"([\w-]+(?:/[\w-]+)*)=(.+)", re.DOTALL)
 
 
@@ -32,8 +35,8 @@ class ImageEntry(NamedTuple):
     """An image that was found: all a worker needs to read it.
 
     `path` is what the row says, `file` the file or URL that holds the bytes. `version` is another one when the file has
-    been written again. `found_as` is the path it was found at, where that has another extension, and `offset` where it
-    begins in a file that holds others too.
+    been written again. `found_as` is the path it was found at, where that has another extension or is written in the
+    other Unicode form, and `offset` where it begins in a file that holds others too.
     """
 
     path: str
@@ -46,21 +49,31 @@ class ImageEntry(NamedTuple):
 
 
 class FolderImages:
-    """Images in a local folder."""
+    """Images in a local folder. Their names are UTF-8 whatever the locale, and so are those of their entries."""
 
     def __init__(self, root: Path):
-        self.root = str(root)
+        self.root = os.fsencode(root).decode(errors="surrogateescape")
 
     def find(self, path: str) -> ImageEntry | None:
-        """Returns the entry of a regular file under the folder."""
+        """Returns the entry of a regular file under the folder.
+
+        Raises:
+            Refused: It is not for this user, or a loop of links.
+        """
         file = os.path.join(self.root, path)
         try:
-            status = os.stat(file)
+            status = os.stat(file.encode(errors="surrogateescape"))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 return None
+            if error.errno in REFUSED_ERRORS:
+                raise _unreadable(path, error) from None
             raise
         return ImageEntry(path, file, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _unreadable(path: str, error: OSError) -> Refused:
+    return Refused("image_unreadable", f"image cannot be read: {error.strerror}", path)
 
 
 class StoreImages:
@@ -95,8 +108,10 @@ class ZipImages:
         self.root, self.directory = str(root), ZipDirectory(root)
 
     def find(self, path: str) -> ImageEntry | None:
-        """Returns the entry of a member of this exact name."""
+        """Returns the entry of a member of this name; macOS writes UTF-8 and does not say so."""
         slot = self.directory.find(path)
+        if slot is None and not path.isascii():
+            slot = self.directory.find(path.encode().decode("cp437"))
         return slot and ImageEntry(path, self.root, slot.num_bytes, 0, slot)
 
 
@@ -107,7 +122,11 @@ class ImageRoots:
         self.roots = roots
 
     def find(self, path: str) -> ImageEntry | None:
-        """Returns the entry of an image by the path in its row, under another extension if there is no such file."""
+        """Returns the entry of an image by the path in its row, or of the like if there is no such file (`_spellings`).
+
+        Raises:
+            Refused: It is there, but cannot be read.
+        """
         plain = posixpath.normpath(path)
         for candidate in _spellings(plain):
             for name, root in self.roots:
@@ -121,13 +140,19 @@ class ImageRoots:
 
 
 def _spellings(path: str) -> Iterator[str]:
-    """Yields the path itself, and then with each extension that images have."""
-    yield path
-    stem, _ = posixpath.splitext(path)
-    for extension in EXTENSIONS:
-        for spelled in (extension, extension.upper()):
-            if f"{stem}.{spelled}" != path:
-                yield f"{stem}.{spelled}"
+    """Yields the path itself, in the other Unicode forms, and then each with all other extensions that images have.
+
+    What follows a dot is an extension only if images have it: `2401.00001` is a name.
+    """
+    forms = [*dict.fromkeys([path, normalize("NFC", path), normalize("NFD", path)])]
+    yield from forms
+    extension = posixpath.splitext(path)[1]
+    if extension and extension[1:].lower() not in EXTENSIONS:
+        return
+    for form in forms:
+        stem, _ = posixpath.splitext(form)
+        for known in EXTENSIONS:
+            yield from (f"{stem}.{spelled}" for spelled in (known, known.upper()) if f"{stem}.{spelled}" != form)
 
 
 def open_images(locations: Sequence[str]) -> ImageRoots:
@@ -141,10 +166,28 @@ def open_images(locations: Sequence[str]) -> ImageRoots:
         raise UsageError("--images is missing; give a folder, a zip or a URL")
     roots = []
     for spelled in locations:
-        named = NAMED_ROOT.fullmatch(spelled)
-        name, location = (f"{named[1]}/", named[2]) if named else ("", spelled)
+        name, location = split_name(spelled)
         roots.append((name, _open_root(open_location(location))))
     return ImageRoots(roots)
+
+
+def split_name(spelled: str) -> tuple[str, str]:
+    """Returns the prefix of paths that a root answers for (empty for all) and its location.
+
+    Raises:
+        UsageError: It may be a location with `=` in it as well as a named one.
+    """
+    named = NAMED_ROOT.fullmatch(spelled)
+    if named is None:
+        return "", spelled
+    if os.path.exists(spelled):  # as Hive calls its folders, run=3
+        if os.path.exists(named[2]):
+            raise UsageError(
+                f"--images {spelled} is a folder or file here, and so is {named[2]}; write ./{spelled} for the first, "
+                f"or {named[1]}=./{named[2]} for the root named {named[1]}"
+            )
+        return "", spelled
+    return f"{named[1]}/", named[2]
 
 
 def _open_root(root: Location) -> FolderImages | StoreImages | ZipImages:
@@ -161,15 +204,28 @@ def read_image(entry: ImageEntry) -> bytes:
     """Returns the bytes of an image as they are in its source.
 
     Raises:
-        Refused: The zip member is damaged, encrypted or compressed in an unusual way.
+        Refused: The file is not for this user, or the zip member is damaged, encrypted or compressed in an unusual way.
         OSError, ValueError: The file is gone or has changed since it was found.
     """
     if entry.slot:
         data = read_member(entry.file, entry.path, entry.slot)
     elif entry.offset is not None:
         data = read_range(entry.file, entry.offset, entry.num_bytes)
+    elif "://" not in entry.file:
+        data = _read_local(entry)
     else:  # a byte more than it had, to see that it has not grown; S3 would be asked for the size of a whole file first
         data = read_range(entry.file, 0, entry.num_bytes + 1 if entry.num_bytes else None)
     if len(data) != entry.num_bytes:
         raise ValueError(f"{entry.file} changed while it was being sharded; run again with a new --out")
     return data
+
+
+def _read_local(entry: ImageEntry) -> bytes:
+    """Returns the bytes of a file, one more than it had if it has grown."""
+    try:
+        with open(entry.file.encode(errors="surrogateescape"), "rb") as file:
+            return file.read(entry.num_bytes + 1)
+    except OSError as error:
+        if error.errno in REFUSED_ERRORS:
+            raise _unreadable(entry.path, error) from None
+        raise

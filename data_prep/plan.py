@@ -7,19 +7,24 @@ any number of workers, finishing in any order, write the same bytes. A plan cost
 """
 
 import hashlib
+import posixpath
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from unicodedata import normalize
 
 import numpy as np
 
 from common.console import UsageError
 from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
-from data_prep.records import DUPLICATE, Refused, Reject, check_row, content_digest, refuse
+from data_prep.records import DUPLICATE, CheckedRow, Refused, Reject, check_row, content_digest, refuse, row_id
 from data_prep.tar_writer import member_bytes
 
-LAYOUT = 1
+OTHER_EXTENSION = "images were found under another extension than the row says"
+OTHER_FORM = "images were found under the other Unicode form (NFC, NFD) of their path"
+OTHER_SHAPE = "rows are in another shape than LLaVA's"
+LAYOUT = 2
 """Raised when the same input and settings would give other bytes than before."""
 
 
@@ -49,7 +54,10 @@ class Settings:
 
 @dataclass
 class Scan:
-    """The fit rows of a source in its order (parallel arrays), and the others as rejects."""
+    """The fit rows of a source in its order (parallel arrays), and the others as rejects.
+
+    `notes` tells what is worth knowing of fit rows: how often each was met, and the first.
+    """
 
     num_rows: int = 0
     indices: array = field(default_factory=lambda: array("q"))
@@ -58,24 +66,32 @@ class Scan:
     sample_bytes: array = field(default_factory=lambda: array("q"))
     rejects: list[Reject] = field(default_factory=list)
     num_other_extensions: int = 0
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_sha256: str = ""
     modified_sha256: str = ""
 
 
-def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None], deduplicate: bool = False) -> Scan:
+def scan_rows(
+    rows: Iterable[Row],
+    find: Callable[[str], ImageEntry | None],
+    deduplicate: bool = False,
+    special_tokens: Sequence[str] = (),
+) -> Scan:
     """Returns the plan's raw material: every row checked, every image found and weighed.
 
     Args:
         rows: The rows of the source, in order.
         find: Returns the entry of an image path, or None where there is no such image.
         deduplicate: Refuse a row that says the same about the same image paths as an earlier one.
+        special_tokens: Of a tokenizer; rows that spell one are noted.
     """
     scan, images, modified = Scan(), hashlib.sha256(), hashlib.sha256()
     seen: dict[bytes, int] = {}
     for row in rows:
         scan.num_rows += 1
         try:
-            paths = check_row(row.value)
+            checked = check_row(row.value)
+            paths = checked.paths
             entries = [find(path) for path in paths]
             for path, entry in zip(paths, entries, strict=True):
                 images.update(
@@ -85,7 +101,7 @@ def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None], ded
             for path, entry in zip(paths, entries, strict=True):
                 if entry is None:
                     raise Refused("image_missing", "no such image under --images", path)
-            if deduplicate and (first := seen.setdefault(content_digest(row.value), row.index)) != row.index:
+            if deduplicate and (first := seen.setdefault(content_digest(checked), row.index)) != row.index:
                 raise Refused(DUPLICATE, f"the same images and conversations as the row at index {first}")
         except Refused as problem:
             scan.rejects.append(refuse(row.index, row.value, problem))
@@ -93,10 +109,28 @@ def scan_rows(rows: Iterable[Row], find: Callable[[str], ImageEntry | None], ded
         scan.indices.append(row.index)
         scan.offsets.append(row.offset)
         scan.row_bytes.append(row.num_bytes)
-        scan.num_other_extensions += sum(entry.found_as is not None for entry in entries if entry)
-        scan.sample_bytes.append(_estimate_bytes(row.value, [entry.num_bytes for entry in entries if entry]))
+        for note, example in _notes(checked, [entry for entry in entries if entry], special_tokens):
+            count, first = scan.notes.get(note, (0, f"{example} (record {row_id(row.value, row.index)})"))
+            scan.notes[note] = count + 1, first
+        scan.num_other_extensions = scan.notes.get(OTHER_EXTENSION, (0, ""))[0]
+        scan.sample_bytes.append(_estimate_bytes(checked.row, [entry.num_bytes for entry in entries if entry]))
     scan.images_sha256, scan.modified_sha256 = images.hexdigest(), modified.hexdigest()
     return scan
+
+
+def _notes(checked: CheckedRow, entries: list[ImageEntry], special_tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields what is worth knowing of a fit row, and the example that it is."""
+    for entry in entries:
+        if entry.found_as is not None:
+            same = normalize("NFC", entry.found_as) == normalize("NFC", posixpath.normpath(entry.path))
+            yield (OTHER_FORM if same else OTHER_EXTENSION), f"{entry.path!a} as {entry.found_as!a}"
+    if checked.source_shape:
+        yield OTHER_SHAPE, " ".join(f"{ours}={theirs}" for ours, theirs in checked.source_shape.items())
+    for token in special_tokens:
+        for number, turn in enumerate(checked.row["conversations"]):
+            if token in turn["value"]:
+                yield f"rows spell the special token {token}", f"turn {number}"
+                break
 
 
 def _estimate_bytes(row: dict, image_bytes: list[int]) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from data_prep.records import IMAGE_TOKEN
+from common.tokens import IMAGE_TOKEN
 
 type Value = int | float | str
 type Stats = dict[str, Counter]

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from common.console import build_progress
+from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
 from data_prep.runner import ray_session, run_tasks
@@ -109,6 +110,15 @@ def plan_text(num_rows: int, plan: Plan, num_bytes: int) -> str:
         f"{num_rows:,} rows: {len(plan.order):,} to write and {num_rows - len(plan.order):,} refused so far\n"
         f"about {num_bytes / 1e6:,.1f} MB in {len(plan.shards):,} shards; nothing was written"
     )
+
+
+def notes_text(notes: dict[str, tuple[int, str]], formats: Counter) -> str:
+    """Returns a line for each thing worth knowing of the rows and images that were written."""
+    lines = [f"{count:,} {note}, such as {example}" for note, (count, example) in notes.items()]
+    for name, count in sorted(formats.items()):
+        if ImageInfo(name, 0, 0).extension not in WEBDATASET_EXTENSIONS:
+            lines.append(f"{count:,} images are {name}, which webdataset's own decoder leaves as bytes")
+    return "\n".join(lines)
 
 
 def summary_text(manifest: dict, num_kept: int, seconds: float, out: object) -> str:

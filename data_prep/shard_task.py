@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from data_prep.image_check import check_image, shrink_image
 from data_prep.image_roots import ImageEntry, read_image
 from data_prep.plan import Settings
 from data_prep.records import Refused, Reject, build_record, json_bytes, refuse
-from data_prep.tar_writer import END_OF_ARCHIVE, tar_sample
+from data_prep.tar_writer import BLOCK_BYTES, END_OF_ARCHIVE, tar_sample
 
 READS_AHEAD = 16  # images of a shard on their way from a store at a time
 WRITEBACK_BYTES = 4 << 20
@@ -73,6 +73,7 @@ class ShardSummary(NamedTuple):
     sidecar_sha256: str
     rejects: tuple[Reject, ...]
     is_new: bool
+    formats: tuple[tuple[str, int], ...] = ()
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
@@ -82,10 +83,10 @@ def write_shard(task: ShardTask) -> ShardSummary:
         ValueError: An image is no longer what it was when the run, or the run that this one continues, began.
         OSError: A file cannot be read or written.
     """
-    receipt = _verified_receipt(task)
+    receipt, formats = _verified_receipt(task)
     if receipt and not task.recheck:
-        return _summary(task, receipt, is_new=False)
-    samples, rejects, sha256, num_waiting = [], [], hashlib.sha256(), 0
+        return _summary(task, receipt, is_new=False, formats=formats)
+    samples, rejects, sha256, num_waiting, formats = [], [], hashlib.sha256(), 0, Counter()
     with whole_file(task.tar) as file:
         for row, images in read_ahead(task.rows):
             value = json.loads(row.text)
@@ -101,13 +102,14 @@ def write_shard(task: ShardTask) -> ShardSummary:
                 num_waiting = 0
             sha256.update(blocks)
             samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
+            formats.update(_formats(blocks))
         file.write(END_OF_ARCHIVE)
         sha256.update(END_OF_ARCHIVE)
         sidecar = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), rejects)
         if receipt and receipt != sidecar:
             raise ValueError(f"images behind {task.tar} are not what they were; use another --out or delete this one")
     write_whole(task.sidecar, sidecar)
-    return _summary(task, sidecar, is_new=True)
+    return _summary(task, sidecar, is_new=True, formats=formats)
 
 
 def read_ahead(rows: list[PlannedRow]) -> Iterator[tuple[PlannedRow, Iterable[bytes]]]:
@@ -180,9 +182,18 @@ def build_sidecar(tar: str, num_planned: int, samples: list[_Sample], sha256: st
     return json_bytes(fields)
 
 
-def _verified_receipt(task: ShardTask) -> bytes | None:
-    """Returns the sidecar of a shard if it is what one derives from its rows and the tar on the disk, else None."""
-    samples, sha256 = [], hashlib.sha256()
+def _formats(blocks: bytes) -> list[str]:
+    """Returns the format of each image of a sample, by its record, which comes first in its tar blocks."""
+    num_bytes = int(blocks[124:135], 8)
+    return [image["format"] for image in json.loads(blocks[BLOCK_BYTES : BLOCK_BYTES + num_bytes])["images"]]
+
+
+def _verified_receipt(task: ShardTask) -> tuple[bytes | None, Counter]:
+    """Returns the sidecar of a shard and the formats of its images.
+
+    None where the sidecar is not what one derives from the shard's rows and the tar on the disk.
+    """
+    samples, sha256, formats = [], hashlib.sha256(), Counter()
     try:
         receipt = read_whole(task.sidecar)
         fields = json.loads(receipt)
@@ -193,15 +204,16 @@ def _verified_receipt(task: ShardTask) -> bytes | None:
                 blocks = file.read(size)
                 sha256.update(blocks)
                 samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
+                formats.update(_formats(blocks))
             sha256.update(file.read())
         derived = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), fields["rejects"])
-        return receipt if derived == receipt else None
+        return receipt if derived == receipt else None, formats
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        return None, formats
 
 
-def _summary(task: ShardTask, sidecar: bytes, is_new: bool) -> ShardSummary:
-    summary = read_summary(task.name, sidecar, is_new)
+def _summary(task: ShardTask, sidecar: bytes, is_new: bool, formats: Counter) -> ShardSummary:
+    summary = read_summary(task.name, sidecar, is_new)._replace(formats=tuple(sorted(formats.items())))
     assert len(task.rows) == summary.num_samples + len(summary.rejects), f"{task.name} lost a row"
     return summary
 

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -28,9 +29,10 @@ from common.version import code_version
 from data_prep import output
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
-from data_prep.reporting import RejectLog, Work, plan_text, run_shown, summary_text
+from data_prep.reporting import RejectLog, Work, notes_text, plan_text, run_shown, summary_text
 from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
 from data_prep.source import Source, open_source
+from data_prep.special_tokens import read_special_tokens
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 MAX_SHARDS = 1_000_000
@@ -55,6 +57,9 @@ def main(
     check: Annotated[str, typer.Option(help="decode: every image in full; header: what it is and its size")] = "decode",
     resize_longest: Annotated[int | None, typer.Option(help="shrink images with a longer side, in pixels")] = None,
     max_bad_fraction: Annotated[float, typer.Option(help="stop when more of the rows are refused")] = 0.01,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="folder of a tokenizer: note texts that spell its specials")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="check the rows, find the images, and write nothing")] = False,
 ) -> None:
     """Write WebDataset shards from LLaVA rows and their images."""
@@ -64,10 +69,10 @@ def main(
         raise UsageError(f"--max-bad-fraction {max_bad_fraction} must lie between 0 and 1")
     settings = Settings(parse_bytes(shard_bytes), seed, shuffle, check, resize_longest, deduplicate)
     if dry_run:
-        show_plan(data, images or (), settings, max_bad_fraction)
+        show_plan(data, images or (), settings, max_bad_fraction, tokenizer)
     else:
         try:
-            make_shards(data, images or (), out, settings, workers, address, max_bad_fraction)
+            make_shards(data, images or (), out, settings, workers, address, max_bad_fraction, tokenizer)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             raise
@@ -87,17 +92,23 @@ def parse_bytes(text: str) -> int:
 
 
 def show_plan(
-    data: str | Path, images: str | Path | Sequence[str | Path], settings: Settings, max_bad_fraction: float = 0.01
+    data: str | Path,
+    images: str | Path | Sequence[str | Path],
+    settings: Settings,
+    max_bad_fraction: float = 0.01,
+    tokenizer: Path | None = None,
 ) -> Plan:
     """Returns the plan that a run would follow, and shows what it would refuse before it reads an image."""
-    console = build_console(stderr=True)
-    with open_source(data, images, settings, console, keep_images=False) as source:
+    console, tokens = build_console(stderr=True), read_special_tokens(tokenizer) if tokenizer else ()
+    with open_source(data, images, settings, console, keep_images=False, special_tokens=tokens) as source:
         reject_log = RejectLog(source.name, source.scan.num_rows, max_bad_fraction, console, source.place)
         try:
             reject_log.add(source.scan.rejects)
         finally:
             reject_log.show_table()
         plan = build_plan(source.scan, settings)
+        if notes := notes_text(source.scan.notes, Counter()):
+            console.print(notes)
         console.print(plan_text(source.scan.num_rows, plan, sum(source.scan.sample_bytes)))
         return plan
 
@@ -110,6 +121,7 @@ def make_shards(
     workers: int | None = None,
     address: str | None = None,
     max_bad_fraction: float = 0.01,
+    tokenizer: Path | None = None,
 ) -> dict:
     """Returns the manifest of the shard directory `out`, which is complete when this returns.
 
@@ -117,8 +129,8 @@ def make_shards(
         ValueError: The input is unreadable, too much of it is bad, or `out` holds something else.
     """
     started, console = time.monotonic(), build_console(stderr=True)
-    folder = open_location(out)
-    with open_source(data, images, settings, console) as source:
+    folder, tokens = open_location(out), read_special_tokens(tokenizer) if tokenizer else ()
+    with open_source(data, images, settings, console, special_tokens=tokens) as source:
         same = identity(source.scan, settings, source.description["data"]["sha256"])
         plan = {"identity": same, "modified_sha256": source.scan.modified_sha256}
         origin = {"settings": asdict(settings), "sources": source.description, "code": code_version()}
@@ -135,6 +147,9 @@ def make_shards(
     reject_log.show_table()
     num_kept = sum(not summary.is_new for summary in summaries)
     text = summary_text(manifest, num_kept, time.monotonic() - started, folder)
+    formats = sum((Counter(dict(summary.formats)) for summary in summaries), Counter())
+    if notes := notes_text(source.scan.notes, formats):
+        console.print(notes)
     console.print(text)
     return manifest
 
@@ -185,7 +200,7 @@ def build_tasks(source: Source, folder: Location, settings: Settings, plan: Plan
                 row = plan.order[position]
                 file.seek(scan.offsets[row])
                 text = file.read(scan.row_bytes[row])
-                found = [source.find(scan.indices[row], path) for path in check_row(json.loads(text))]
+                found = [source.find(scan.indices[row], path) for path in check_row(json.loads(text)).paths]
                 entries = tuple(entry for entry in found if entry)
                 if len(entries) < len(found):
                     raise ValueError(f"{source.name}: an image of row {scan.indices[row]} vanished during the run")

@@ -1,6 +1,7 @@
 """The input of a sharding run: its rows, read once and checked, and its images, found but not read."""
 
 import hashlib
+import os
 import tempfile
 import time
 from bisect import bisect_right
@@ -49,6 +50,7 @@ def open_source(
     settings: Settings,
     console: Console,
     keep_images: bool = True,
+    special_tokens: Sequence[str] = (),
 ) -> Iterator[Source]:
     """Yields the input with every row checked and every image found.
 
@@ -64,23 +66,32 @@ def open_source(
             roots = open_images(locations) if locations else ImageRoots([])
             spool = Spool(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="saisa-"))), keep_images)
             held.enter_context(closing(spool))
-            yield scan_tables(tables, location, spool, roots, settings, console, locations)
+            yield scan_tables(tables, location, spool, roots, settings, console, locations, special_tokens)
             return
         roots = open_images(locations)
         rows = held.enter_context(local_copy(location))
-        scan = scan_source(rows, location, roots, settings, console)
-        told = {"name": location.name, "bytes": rows.stat().st_size, "sha256": _sha256(rows)}
-        yield Source(location.name, rows, lambda _, path: roots.find(path), scan, describe(told, locations, scan))
+        scan = scan_source(rows, location, roots, settings, console, special_tokens)
+        told = {"name": _named(location.name), "bytes": rows.stat().st_size, "sha256": _sha256(rows)}
+        yield Source(
+            _named(location.name), rows, lambda _, path: roots.find(path), scan, describe(told, locations, scan)
+        )
 
 
 def describe(data: dict, locations: Sequence[str], scan: Scan) -> dict:
     """Returns what the manifest tells of the input."""
-    names = [name.rstrip("/").rsplit("/", 1)[-1] for name in locations]
+    names = [_named(name.rstrip("/").rsplit("/", 1)[-1]) for name in locations]
     images = {"names": names, "sha256": scan.images_sha256, "hashed": "paths and sizes, in row order"}
     return {"data": data, "images": images}
 
 
-def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings, console: Console) -> Scan:
+def scan_source(
+    data: Path,
+    name: object,
+    images: ImageRoots,
+    settings: Settings,
+    console: Console,
+    special_tokens: Sequence[str] = (),
+) -> Scan:
     """Returns the checked rows of `data`, which errors call `name`, showing how far it has got."""
     started, total = time.monotonic(), data.stat().st_size
     with build_task_progress(console) as progress:
@@ -94,7 +105,7 @@ def scan_source(data: Path, name: object, images: ImageRoots, settings: Settings
                     progress.update(bar, completed=row.offset, note=f"{row.index + 1:,} rows, {rate:,.0f}/s")
             progress.update(bar, completed=total)
 
-        return scan_rows(watched(), images.find, settings.deduplicate)
+        return scan_rows(watched(), images.find, settings.deduplicate, special_tokens)
 
 
 def scan_tables(
@@ -105,6 +116,7 @@ def scan_tables(
     settings: Settings,
     console: Console,
     locations: Sequence[str],
+    special_tokens: Sequence[str],
 ) -> Source:
     """Returns the checked rows of Parquet or Arrow files, with their images in a spool, showing how far it has got.
 
@@ -125,14 +137,19 @@ def scan_tables(
         def find(index: int, path: str) -> ImageEntry | None:
             return spool.find(index, path) or roots.find(path)
 
-        scan = scan_rows(watched(), lambda path: find(len(spool) - 1, path), settings.deduplicate)
+        scan = scan_rows(watched(), lambda path: find(len(spool) - 1, path), settings.deduplicate, special_tokens)
     if not len(spool):
         raise ValueError(f"{location} holds no rows; it must hold at least one")
     spool.flush()
     digest = hashlib.sha256("\n".join(table.sha256 for table in tables).encode()).hexdigest()
-    data = {"name": location.name, "bytes": sum(table.bytes for table in tables), "sha256": digest}
+    data = {"name": _named(location.name), "bytes": sum(table.bytes for table in tables), "sha256": digest}
     data["files"] = [table._asdict() for table in tables]
-    return Source(location.name, spool.rows, find, scan, describe(data, locations, scan), tuple(tables))
+    return Source(_named(location.name), spool.rows, find, scan, describe(data, locations, scan), tuple(tables))
+
+
+def _named(name: str) -> str:
+    """Returns a file's name in UTF-8, whatever the locale; bytes that are none are spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import Location, named_errors, read_range
-from data_prep.records import Refused
+from data_prep.row_shapes import Refused
 
 HEADER = struct.Struct("<4s4xHH4xLLLHHH8xL")  # of a member, in the directory
 END = struct.Struct("<4s8xLL2x")  # a comment of up to 65,535 bytes follows

@@ -34,6 +34,7 @@ from transformers import (
 
 from common.console import run
 from data_prep.json_rows import read_rows
+from data_prep.row_shapes import to_llava
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf_read import load_tokenizer
 from model.import_hf import compose_base
@@ -211,7 +212,7 @@ def init_informative(tower: CLIPVisionModel) -> None:
 def read_texts(data: Path) -> Iterable[str]:
     """Yields the text of every turn of a LLaVA JSON or JSONL file."""
     for row in read_rows(data):
-        yield from (turn["value"] for turn in row.value["conversations"])
+        yield from (turn["value"] for turn in to_llava(row.value)[0]["conversations"])
 
 
 def main(

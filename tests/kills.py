@@ -38,7 +38,7 @@ def make_data(folder: Path, num_rows: int) -> list[str]:
         image.save(folder / "images" / f"{i}.jpg", quality=50)
     rows = []
     for i in range(num_rows):
-        turns = [{"from": "human", "value": f"<image>\n{i}?"}, {"from": "gpt", "value": "a" * (i % 97)}]
+        turns = [{"from": "human", "value": f"<image>\n{i}?"}, {"from": "gpt", "value": "a" * (1 + i % 97)}]
         rows.append({"id": f"row-{i}", "image": f"{i % 10}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
     return ["--data", str(folder / "rows.json"), "--images", str(folder / "images"), "--shard-bytes", "60kB"]

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from tokenizers import AddedToken
 
 from common.console import UsageError
+from common.tokens import IMAGE_TOKEN
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the configuration imports this file
     from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -43,7 +44,6 @@ type Encode = Callable[[str], list[int]]
 SpecialTokens = Literal["refuse", "plain"]
 """What becomes of a turn that spells a special token of the tokenizer: the row is refused, or it is plain text."""
 
-IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 PRIVATE = "\ufdd0"  # no character, says Unicode: it tells the template's own tokens from spelled ones

@@ -14,9 +14,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from common.tokens import IMAGE_TOKEN
 from data_prep.json_rows import read_rows
+from data_prep.row_shapes import Refused, to_llava
 
-IMAGE_TOKEN = "<image>"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """Source: LLaVA-1.5, section 3.2."""
 
@@ -98,7 +99,7 @@ def read_questions(data: Path, rows: slice = slice(None)) -> list[Question]:
     for row in islice(read_rows(data), rows.start, rows.stop):
         try:
             questions += _questions_of(row.value)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (Refused, TypeError, AttributeError) as error:
             raise ValueError(f"{data} index {row.index}: not a LLaVA row ({type(error).__name__}: {error})") from None
     if not questions:
         raise ValueError(f"{data}: no question in rows {rows.start or 0}:{rows.stop or ''}; choose other --rows")
@@ -106,6 +107,7 @@ def read_questions(data: Path, rows: slice = slice(None)) -> list[Question]:
 
 
 def _questions_of(row: dict[str, Any]) -> list[Question]:
+    row, _ = to_llava(row)
     named = row.get("image") or []
     images = (named,) if isinstance(named, str) else tuple(named)
     pairs = [

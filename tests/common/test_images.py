@@ -9,8 +9,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 from webdataset.autodecode import IMAGE_EXTENSIONS
 
+from common import tokens
 from common.images import EXCLUDED_FORMATS, ImageError, formats, load_image, without_texts
 from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo, check_image
+from model.hf import processing_saisa
 
 PIXELS = Image.effect_noise((30, 20), 90).convert("RGB")
 LONG = b"all work and no play " * 150_000  # 3 MB, which Pillow does not unpack
@@ -96,3 +98,7 @@ def test_extensions_that_webdataset_takes_for_images_are_those_of_its_source() -
     ours = {ImageInfo(kind, 1, 1).extension for kind in formats()}
     assert ours & set(IMAGE_EXTENSIONS) == WEBDATASET_EXTENSIONS
     assert {"avif", "qoi"} <= ours - WEBDATASET_EXTENSIONS
+
+
+def test_the_mark_of_an_image_is_one_here_and_in_exported_folders() -> None:
+    assert tokens.IMAGE_TOKEN == processing_saisa.IMAGE_TOKEN

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat, features
 
 from data_prep.image_check import check_image, shrink_image
-from data_prep.records import Refused
+from data_prep.row_shapes import Refused
 
 
 def encoded(kind: str, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:

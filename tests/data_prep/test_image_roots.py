@@ -1,15 +1,20 @@
 """Images are found and read alike in folders and zips, under one root or several."""
 
+import errno
 import io
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from common.console import UsageError
 from data_prep.image_check import check_image
 from data_prep.image_roots import open_images, read_image
-from data_prep.records import Refused
+from data_prep.row_shapes import Refused
 
 
 def encoded(kind: str) -> bytes:
@@ -133,3 +138,80 @@ def test_a_member_whose_extra_field_is_long_is_read_in_full(tmp_path: Path) -> N
         zipped.writestr(info, b"content" * 100)
     entry = open_images([str(tmp_path / "a.zip")]).find("a.bin")
     assert entry and read_image(entry) == b"content" * 100
+
+
+CAFE = {"NFC": "caf\u00e9.png", "NFD": "cafe\u0301.png"}
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip without a flag"])
+def test_the_other_unicode_form_of_a_name_is_found_and_told(tmp_path: Path, there: str, asked: str, kind: str) -> None:
+    name, root = CAFE[there], tmp_path / ("images" if kind == "folder" else "images.zip")
+    if kind == "folder":
+        root.mkdir()
+        (root / name).write_bytes(b"bytes")
+    else:
+        with zipfile.ZipFile(root, "w") as zipped:
+            zipped.writestr(name, b"bytes")
+    if kind == "zip without a flag":  # as macOS writes it
+        data = bytearray(root.read_bytes())
+        for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            data[data.index(signature) + place + 1] &= ~8
+        root.write_bytes(data)
+    images = open_images([str(root)])
+    for path, told in ((CAFE[asked], name), (name, None), (CAFE[asked].replace("png", "jpg"), name)):
+        entry = images.find(path)
+        assert entry and (entry.path, entry.found_as, read_image(entry)) == (path, told, b"bytes")
+
+
+def test_what_follows_a_dot_is_not_always_an_extension(tmp_path: Path) -> None:
+    for name in ("2401.jpg", "2401.00003.png", "plain.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    found = [open_images([str(tmp_path)]).find(path) for path in ("2401.00001", "2401.00003.jpeg", "plain", "2401.JPG")]
+    assert [entry and entry.found_as for entry in found] == [None, "2401.00003.png", "plain.jpg", "2401.jpg"]
+    assert found[0] is None
+
+
+def test_loops_and_files_of_others_are_refused_alone(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "loop1.jpg").symlink_to("loop2.jpg")
+    (tmp_path / "loop2.jpg").symlink_to("loop1.jpg")
+    (tmp_path / "mine.jpg").write_bytes(b"x")
+    images = open_images([str(tmp_path)])
+    with pytest.raises(Refused, match=r"^image cannot be read: Too many levels of symbolic links$") as raised:
+        images.find("loop1.jpg")
+    assert (raised.value.kind, raised.value.file) == ("image_unreadable", "loop1.jpg")
+    entry = images.find("mine.jpg")
+    assert entry
+
+    def forbid(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", forbid)
+    with pytest.raises(Refused, match="Permission denied"):
+        images.find("mine.jpg")
+    monkeypatch.setattr("builtins.open", forbid)
+    with pytest.raises(Refused, match="Permission denied"):
+        read_image(entry)
+
+
+def test_a_folder_with_an_equals_sign_is_itself(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/run=3/imgs/a.png", "3/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert open_images(["data/run=3/imgs"]).find("a.png")
+    with pytest.raises(UsageError, match=r"write \./data/run=3 for the first, or data/run=\./3"):
+        open_images(["data/run=3"])
+    assert open_images(["./data/run=3"]).find("imgs/a.png")
+    assert open_images(["data/run=./3"]).find("data/run/b.png")
+
+
+def test_names_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    (tmp_path / "\u56fe.png").write_bytes(b"bytes")
+    code = (
+        "from data_prep.image_roots import open_images, read_image; import sys;"
+        "entry = open_images(sys.argv[1:]).find('\\u56fe.png'); print(sys.getfilesystemencoding(), read_image(entry))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    told = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert told.stdout == "ascii b'bytes'\n", told.stderr

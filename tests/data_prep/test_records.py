@@ -26,7 +26,7 @@ SYSTEM = {"from": "system", "value": "Be brief."}
     ],
 )
 def test_fit_rows_give_their_image_paths(row: dict, paths: tuple) -> None:
-    assert check_row(row) == paths
+    assert check_row(row) == (row, paths, {})
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,26 @@ def test_fit_rows_give_their_image_paths(row: dict, paths: tuple) -> None:
     [
         ("not_an_object", ["id"]),
         ("not_an_object", None),
-        ("reserved_key", {"images": ["a.jpg"], "conversations": [HUMAN, GPT]}),
+        ("reserved_key", {"source_shape": {}, "conversations": [ASK, GPT]}),
+        ("image_keys", {"images": ["a.jpg"], "image": "a.jpg", "conversations": [HUMAN, GPT]}),
+        ("conversations", {"messages": [ASK, GPT], "conversations": [ASK, GPT]}),
+        ("turn", {"messages": [{"role": "user", "from": "human", "content": "hi"}, GPT]}),
+        ("turn", {"conversations": [{"from": "human"}, GPT]}),
+        ("turn", {"conversations": [{"from": "human", "value": {"text": "hi"}}, GPT]}),
+        ("turn", {"conversations": [{"from": "human", "value": [{"type": "table"}]}, GPT]}),
+        ("empty_turn", {"conversations": [{"from": "human", "value": " \n"}, GPT]}),
+        ("empty_turn", {"conversations": [ASK, {"from": "gpt", "value": ""}]}),
+        ("video", {"video": "a.mp4", "conversations": [ASK, GPT]}),
+        ("video", {"conversations": [{"from": "human", "value": "<video>\nWhat happens?"}, GPT]}),
+        ("video", {"messages": [{"role": "user", "content": [{"type": "video"}]}, GPT]}),
+        ("audio", {"audios": ["a.wav"], "conversations": [ASK, GPT]}),
+        ("audio", {"conversations": [{"from": "human", "value": "<audio>"}, GPT]}),
         ("conversations", {"id": "x"}),
         ("conversations", {"conversations": []}),
         ("conversations", {"conversations": {"from": "human"}}),
         ("turn", {"conversations": ["hello"]}),
         ("turn", {"conversations": [{"from": "human", "value": None}, GPT]}),
-        ("role", {"conversations": [{"from": "user", "value": "hi"}, GPT]}),
+        ("role", {"conversations": [{"from": "tool", "value": "hi"}, GPT]}),
         ("role", {"conversations": [{"from": ["human"], "value": "hi"}, GPT]}),
         ("turn_order", {"conversations": [ASK]}),
         ("turn_order", {"conversations": [GPT]}),
@@ -100,3 +113,84 @@ def test_what_json_or_utf8_cannot_hold_is_refused(value: object) -> None:
     with pytest.raises(Refused) as raised:
         build_record({"conversations": [ASK, GPT], "extra": value}, 0, [])
     assert raised.value.kind == "text"
+
+
+@pytest.mark.parametrize(
+    ("row", "conversations", "image", "source_shape"),
+    [
+        (
+            {
+                "messages": [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "b"}],
+                "images": ["i"],
+            },
+            [("human", "<image>a?"), ("gpt", "b")],
+            ["i"],
+            {
+                "turns": "messages",
+                "images": "images",
+                "role": "role",
+                "text": "content",
+                "human": "user",
+                "gpt": "assistant",
+            },
+        ),
+        (
+            {"conversations": [{"from": "user", "value": "a?"}, {"from": "assistant", "value": 3}]},
+            [("human", "a?"), ("gpt", "3")],
+            None,
+            {"human": "user", "gpt": "assistant", "values": "numbers"},
+        ),
+        (
+            {"conversations": [{"role": "human", "value": "<image>"}, {"from": "gpt", "value": 2.50}], "image": "i"},
+            [("human", "<image>"), ("gpt", "2.5")],
+            "i",
+            {"role": "role", "values": "numbers"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": ""},
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "image": "i"},
+                            {"type": "image", "path": "j"},
+                            {"type": "text", "text": "a?"},
+                        ],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": "b"}], "weight": 1},
+                ]
+            },
+            [("system", ""), ("human", "<image>\n<image>\na?"), ("gpt", "b")],
+            ["i", "j"],
+            {
+                "turns": "messages",
+                "role": "role",
+                "text": "content",
+                "human": "user",
+                "values": "parts",
+                "gpt": "assistant",
+                "images": "parts",
+            },
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": True}], "images": None},
+            [("human", "a?"), ("gpt", "true")],
+            None,
+            {"images": "images", "values": "numbers"},
+        ),
+    ],
+)
+def test_the_shapes_of_other_trainers_become_one(
+    row: dict, conversations: list, image: object, source_shape: dict
+) -> None:
+    checked = check_row(row)
+    assert [(turn["from"], turn["value"]) for turn in checked.row["conversations"]] == conversations
+    assert (checked.row.get("image"), checked.source_shape) == (image, source_shape)
+    assert not {"messages", "images"} & checked.row.keys()
+    record = json.loads(build_record(row, 3, []))
+    assert record["source_shape"] == source_shape and record["conversations"] == checked.row["conversations"]
+    assert (
+        record["sha256"] == hashlib.sha256(json.dumps(row, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+    )
+    assert record["conversations"][-1].get("weight") == next(iter(row.values()))[-1].get("weight")
