@@ -64,6 +64,9 @@ class DataConfig(Section):
     max_images_per_pack: int = Field(default=8, gt=0)
     row_multiple: int = Field(default=1, gt=0, description="rows of a pack are filled up to a multiple of this")
     exact_images: bool = Field(default=False, description="Pillow's pixels for JPEG too: slower, within 1/255 or so")
+    max_bad_samples: int = Field(
+        default=0, ge=0, description="samples with an image that does not decode, which a run may leave out and count"
+    )
     num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: a thread of the trainer")
     prefetch_steps: int = Field(default=2, ge=0, description="steps prepared ahead, by each worker process if any")
 

@@ -9,6 +9,7 @@ import torch
 
 from common.files import locked, write_whole
 from common.version import code_version
+from pipeline.bad_samples import read_bad_samples
 from pipeline.checkpoint.checkpoint import choose_checkpoint, restore_checkpoint, set_aside_newer, sharded_state
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config import RunConfig, to_yaml
@@ -48,10 +49,14 @@ def run_steps(state: TrainState) -> None:
     log = MetricsLog(config.run_dir, config.log, state.step, state.source.num_steps, _is_first_rank())
     with entered_on_rank0(log), state.stop, checkpoint_writer(state, log) as writer:
         introduce(state, log)
+        state.bad_samples = broadcast_from_rank0(lambda: read_bad_samples(config.run_dir, state.step))
         for batch, wait_seconds in timed(state.source.batches(state.step)):
             for problem in batch.problems:
                 log.say(problem)
+            num_bad = len(state.bad_samples)
             log.step(train_step(state, batch, wait_seconds))
+            for reason in list(state.bad_samples.values())[num_bad:]:
+                log.say(f"left out: {reason}")
             if log.failure is not None:
                 state.stop.ask()  # which all learn in the next step
             writer.poll()

@@ -1,7 +1,7 @@
 """What a training step needs, and how it is built: data, this process's stages of the model, optimizer, encoder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -45,6 +45,7 @@ class TrainState:
     stop: StopRequest
     step: int = 0
     is_stopping: bool = False
+    bad_samples: dict[int, str] = field(default_factory=dict)
 
 
 def build(config: RunConfig, device: torch.device) -> TrainState:

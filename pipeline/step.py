@@ -12,6 +12,7 @@ from torch import Tensor
 from model.compute import compute_dtype
 from model.pack import Pack
 from model.vision import encode_together, rows_of_pack
+from pipeline.bad_samples import check_bad_samples, gather_bad_samples, leave_out
 from pipeline.config import DataConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
@@ -30,6 +31,8 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     """
     started = time.monotonic()
     config = state.config
+    if config.data.max_bad_samples:
+        batch = without_bad_samples(state, batch)
     if not batch.counts.num_targets:
         raise ValueError(nothing_to_learn(batch, config.data))
     rate = learning_rate(batch.step, state.source.num_steps, config.optim)
@@ -126,10 +129,26 @@ def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -
     return total, int(num_targets_in_all), num_stopping > 0
 
 
+def without_bad_samples(state: TrainState, batch: GlobalBatch) -> GlobalBatch:
+    """Returns the batch without the samples of which any process met a bad image, after counting them.
+
+    Raises:
+        ValueError: The run has met more than `data.max_bad_samples`.
+    """
+    found = gather_bad_samples(batch.bad_samples, state.device)
+    config, new = state.config, found.keys() - state.bad_samples.keys()
+    state.bad_samples |= {number: found[number] for number in sorted(new)}
+    if new:
+        limit = config.data.max_bad_samples
+        check_bad_samples(state.bad_samples, limit, config.run_dir, batch.step + 1, sorted(new))
+    num_targets = int(state.source.schedule.table.column("num_targets")[list(found)].sum()) if found else 0
+    return leave_out(batch, found.keys(), num_targets) if found else batch
+
+
 def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
     """Returns why a batch without targets ends the run."""
     counts = batch.counts
-    held = f"{counts.num_skipped} were skipped, {counts.num_samples} have no target"
+    held = f"{counts.num_skipped} were skipped, {counts.num_bad_samples} bad, {counts.num_samples} have no target"
     way_out = (
         f"does data.template={data.template} fit these shards? plain is for captions (one question, one answer), "
         "v1 for conversations"

@@ -38,9 +38,10 @@ from pipeline.start import load_image_processor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A pack and this process's share of its images: uint8[n, 3, H, W], not yet normalised."""
+    """A pack, the numbers of its samples, and this process's share of its images: uint8[n, 3, H, W], not normalised."""
 
     pack: Pack
+    numbers: list[int]
     pixels_B3HW: Tensor
 
 
@@ -54,21 +55,26 @@ class RankCoordinates(NamedTuple):
 
 
 class StoredImage(NamedTuple):
-    """The bytes of an image, and its name for people."""
+    """The bytes of an image, its name for people, and the number of its sample."""
 
     data: bytes
     name: str
+    sample: int
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This rank's share of a global batch, the counts of the whole, and a line for each sample that was skipped."""
+    """This rank's share of a global batch, the counts of the whole, and a line for each sample that was skipped.
+
+    `bad_samples`: of those whose images this process decodes, which have one that does not decode, and why.
+    """
 
     step: int
     epoch: int
     micro_batches: list[MicroBatch]
     counts: BatchCounts
     problems: list[str]
+    bad_samples: dict[int, str]
 
     def pin_memory(self) -> Self:
         """Moves the pixels to memory that a GPU copies from while it computes; the DataLoader calls this."""
@@ -130,11 +136,12 @@ class BatchSource(Dataset[GlobalBatch]):
         # Without a pack the other ranks would wait for ever; an interleaved pipeline wants a multiple of its length.
         packs += [[]] * (padded_rows(len(packs), parallel.pp if parallel.chunks_per_rank > 1 else 1) - len(packs))
         micro_batches: list[MicroBatch] = []
+        bad_samples: dict[int, str] = {}
         for pack in packs:
             num_before = sum(micro_batch.pack.num_images for micro_batch in micro_batches)
-            micro_batches.append(self._micro_batch(pack, num_before))
+            micro_batches.append(self._micro_batch(pack, num_before, bad_samples))
         problems = [f"skipped: {self.schedule.table.problems[number]}" for number in plan.skipped]
-        return GlobalBatch(step, plan.epoch, micro_batches, plan.counts, problems)
+        return GlobalBatch(step, plan.epoch, micro_batches, plan.counts, problems, bad_samples)
 
     def remarks(self) -> list[str]:
         """Returns a line for each kind of sample that the run will not learn from, with their number and the first."""
@@ -188,7 +195,7 @@ class BatchSource(Dataset[GlobalBatch]):
             finally:
                 executor.shutdown(cancel_futures=True)
 
-    def _micro_batch(self, numbers: list[int], num_images_before: int) -> MicroBatch:
+    def _micro_batch(self, numbers: list[int], num_images_before: int, bad_samples: dict[int, str]) -> MicroBatch:
         samples: list[Sample] = []
         images: list[StoredImage] = []
         for number in numbers:
@@ -197,9 +204,10 @@ class BatchSource(Dataset[GlobalBatch]):
             images += stored
         v, size = self.config.model.vision.num_tokens, self.config.model.vision.image_size
         first = (self.coordinates.mp_rank - num_images_before) % self.coordinates.mp_size
-        pixels = [self._decode(image) for image in images[first :: self.coordinates.mp_size]]
+        pixels = [self._decode(image, bad_samples) for image in images[first :: self.coordinates.mp_size]]
         return MicroBatch(
             build_pack(samples, v, self.config.row_multiple),
+            numbers,
             torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
         )
 
@@ -215,13 +223,21 @@ class BatchSource(Dataset[GlobalBatch]):
         except ValueError as error:
             raise ValueError(f"{error}; delete lengths-*.npz in data.cache={data.cache}") from None
         kept = [record["images"][i] for i in sample.image_indices]
-        return sample, [StoredImage(members[image["member"]], f"{name}, image {image['path']}") for image in kept]
+        return sample, [
+            StoredImage(members[image["member"]], f"{name}, image {image['path']}", number) for image in kept
+        ]
 
-    def _decode(self, image: StoredImage) -> Tensor:
+    def _decode(self, image: StoredImage, bad_samples: dict[int, str]) -> Tensor:
+        """Returns the pixels of an image; black ones for a bad one, if the run may leave out samples."""
         try:
             return decode_image(image.data, self.image_processor, self.config.data.exact_images)
         except ValueError as error:
-            raise ValueError(f"{image.name} does not decode: {error}") from None
+            problem = f"{image.name} does not decode: {error}"
+            if not self.config.data.max_bad_samples:
+                raise ValueError(f"{problem}; data.max_bad_samples=1 and more train on without such samples") from None
+            bad_samples[image.sample] = problem
+            size = self.config.model.vision.image_size
+            return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 def open_shards(config: RunConfig) -> list[ShardSet]:

@@ -23,7 +23,8 @@ class BatchCounts:
 
     `num_skipped` samples could not be encoded; `num_without_targets` of the samples have nothing to learn, as a
     rule since it was cut; `training_flops` are the model's, forward and backward, without the encoder's;
-    `imbalance_fraction` is by how much the busiest rank exceeds the mean.
+    `imbalance_fraction` is by how much the busiest rank exceeds the mean. `num_bad_samples`
+    were left out since an image did not decode; the plan does not know of them.
     """
 
     num_samples: int
@@ -38,6 +39,7 @@ class BatchCounts:
     num_images: int
     training_flops: int
     imbalance_fraction: float
+    num_bad_samples: int = 0
 
 
 @dataclass(frozen=True)
