@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
+from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
@@ -139,6 +140,28 @@ def test_image_token_is_never_a_row_of_the_vocabulary(source: Any, tmp_path: Pat
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
         assert tokenizer.convert_tokens_to_ids("<image>") == expected
         assert "<image>" not in AutoTokenizer.from_pretrained(source(kind)[0]).get_vocab()
+
+
+@pytest.mark.parametrize(("kind", "num_added"), [("llama", 1), ("qwen2", 0)])
+def test_an_export_has_a_row_for_the_image_token(source: Any, tmp_path: Path, kind: str, num_added: int) -> None:
+    config = compose_base(source(kind)[0], source("clip")[0], tmp_path / "base")
+    processor = SaisaProcessor.from_pretrained(tmp_path / "base")
+    tensors = [*read_checkpoint(tmp_path / "base"), *random_projectors(config)]
+    write_hf_folder(tmp_path / "out", config, tensors, processor.tokenizer, processor.image_processor)
+    base, out = stored(tmp_path / "base"), stored(tmp_path / "out")
+    ones = torch.ones(num_added, config.hidden_size)
+    assert torch.equal(out["model.embed_tokens.weight"], torch.cat([base["model.embed_tokens.weight"], ones]))
+    assert ("lm_head.weight" in out) == (kind == "llama")
+    if kind == "llama":
+        assert torch.equal(out["lm_head.weight"], torch.cat([base["lm_head.weight"], 0 * ones]))
+    assert SaisaConfig.from_pretrained(tmp_path / "out").vocab_size == 384 + num_added
+    assert SaisaConfig.from_pretrained(tmp_path / "base").vocab_size == config.vocab_size == 384, "training's own"
+    # An export is a base as well; then its row stays the only one.
+    write_hf_folder(
+        tmp_path / "again", SaisaConfig.from_pretrained(tmp_path / "out"), read_checkpoint(tmp_path / "out"),
+        processor.tokenizer, processor.image_processor,
+    )  # fmt: skip
+    assert all(torch.equal(tensor, out[name]) for name, tensor in stored(tmp_path / "again").items())
 
 
 def llava_ids(text: str, tokenizer: Any) -> list[int | None]:
