@@ -136,7 +136,7 @@ def _static_shapes(cache: Any, attention_mask: Tensor | None, cache_position: Te
     inputs: dict[str, Any] = {}
     if attention_mask is not None:
         num_missing = cache.layers[0].max_cache_len - attention_mask.shape[1]
-        inputs["attention_mask"] = pad(attention_mask, (0, num_missing), value=1)
+        inputs["attention_mask"] = pad(attention_mask, (0, num_missing))
     if cache_position is not None and len(cache_position):
         inputs["cache_position"] = cache_position
     return inputs

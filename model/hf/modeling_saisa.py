@@ -134,7 +134,7 @@ def find_keys(
     if attention_mask is None:
         return slot_S, torch.ones(num_samples, num_keys, dtype=torch.bool, device=visual_BS.device)
     if static is not None and attention_mask.shape[1] != num_keys and attention_mask.shape[1] == num_cached + num_new:
-        attention_mask = pad(attention_mask, (0, num_keys - attention_mask.shape[1]), value=1)  # nobody looks so far
+        attention_mask = pad(attention_mask, (0, num_keys - attention_mask.shape[1]))  # nobody looks so far
     if attention_mask.shape != (num_samples, num_keys):
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; it must cover the {int(num_cached)} cached and "

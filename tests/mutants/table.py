@@ -21,6 +21,8 @@ INTEGRITY = "pipeline/checkpoint/test_integrity.py::test_every_process_learns_wh
 SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
 SAISA = "model/test_saisa.py"
+HF_FORWARD = "model/test_hf_forward.py"
+HF_GENERATION = "model/test_hf_generation.py"
 PLAN = "data_prep/test_plan.py"
 SHARD_TASK = "data_prep/test_shard_task.py"
 LISTINGS = "data_prep/test_verify.py::test_one_flipped_bit_anywhere_in_a_listing_names_it"
@@ -277,6 +279,33 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "config.num_hidden_layers + select_layer",
             f"{STEP}, model/test_import_hf.py",
         ),
+    ],
+    "model/hf/modeling_saisa.py": [
+        ("logits[..., config.image_token_id] = UNSAYABLE", "pass", "model/test_hf_modeling.py"),
+        (".all(dim=-1)\n", ".any(dim=-1)\n", f"{HF_FORWARD}::test_embeddings_in_the_place_of_ids"),
+        ("if num_items is None else num_items", "if True else num_items", HF_FORWARD),
+        ("given is None and not runs_twice else", "given is None else", HF_FORWARD),
+    ],
+    "model/hf/layers_saisa.py": [
+        (" * query.shape[-1] ** -0.5", "", f"{HF_FORWARD}::test_states_and_weights_equal_the_equations"),
+        (', {"cache_position": view.slot_S})', ")", f"{HF_GENERATION}::test_a_static_cache_is_a_dynamic_one"),
+        ("num_rows -= num_visual", "num_rows -= num_visual + 1", "model/test_hf_modeling.py"),
+    ],
+    "model/hf/generation_saisa.py": [
+        ("if bool(is_image.any()):", "if False:", f"{HF_GENERATION}::test_prompt_lookup_never_drafts_an_image"),
+        (
+            "own[len(own) - number :]",
+            "own[:number]",
+            f"{HF_GENERATION}::test_a_conversation_goes_on_with_another_image",
+        ),
+        (
+            "position_ids[:, -1:] + missing",
+            "position_ids[:, -1:]",
+            f"{HF_GENERATION}::test_positions_of_the_caller_are_counted_on",
+        ),
+    ],
+    "model/hf_folder.py": [
+        ("float(name == EMBEDDING)", "0.0", "model/test_import_hf.py::test_an_export_has_a_row_for_the_image_token"),
     ],
     "model/hf/image_processing_saisa.py": [
         ("(images.float() / scale - mean) / std", "(images.float() / scale - mean)", "model/test_image_processing.py"),
