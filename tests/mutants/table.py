@@ -165,7 +165,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('if resume == "auto":', "if False:", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
     ],
     "pipeline/checkpoint/integrity.py": [
-        ("return _digest(file) == digest", "return file.exists()", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
+        (
+            "file.is_file() and _digest(file) == digest",
+            "file.is_file()",
+            f"{TRAIN}::test_a_damaged_checkpoint_is_named",
+        ),
         ("sorted(expected)[rank::num_ranks]", "sorted(expected)[rank + 1 :: num_ranks]", INTEGRITY),
     ],
     "pipeline/checkpoint/run_info.py": [
