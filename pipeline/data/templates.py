@@ -174,7 +174,7 @@ def encode_conversation(
             )
         labels[answer:stop] = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token for token in ids[answer:stop]]
         start = stop
-    unknown = tokenizer.unk_token_id
+    unknown = cast(int | None, tokenizer.unk_token_id)
     if form is not PLAIN and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise ConversationError(f"text that the tokenizer can only write as {tokenizer.unk_token!r}")
     special = set(control.values()) - {unknown}
