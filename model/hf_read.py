@@ -1,4 +1,6 @@
-"""Reads folders in Hugging Face format as data: their code never runs, nobody is asked, nothing is downloaded.
+"""Reads folders in Hugging Face format as data: nobody is asked, nothing is downloaded.
+
+Their code does not run, but for `load_export` when it is told to.
 
 Whatever a library raises about a file of theirs becomes a `ValueError` that names the folder in one line.
 """
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from common.json_files import read_json_object
 from common.paths import check_plain
@@ -135,6 +137,21 @@ def load_model(folder: Path, **options: Any) -> SaisaForConditionalGeneration:
         return SaisaForConditionalGeneration.from_pretrained(
             folder, config=config, use_safetensors=True, **DATA_ONLY, **options
         )
+
+
+def load_export(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Returns the processor and the model of an export, with the code of this repository or of the folder.
+
+    Raises:
+        ValueError: The folder is damaged, or was written by another version and is not trusted.
+    """
+    if not trust_remote_code:
+        check_code(folder)
+        return load_processor(folder), load_model(folder, dtype="auto").eval()
+    trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+    with named(folder):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **trusted)
+        return AutoProcessor.from_pretrained(folder, **trusted), model.eval()
 
 
 def check_code(folder: Path) -> None:

@@ -19,7 +19,7 @@ from common.images import ImageError, load_image
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import check_export
-from model.hf_read import check_code, load_model, load_processor
+from model.hf_read import load_export
 
 Message = dict[str, Any]
 
@@ -57,22 +57,21 @@ class Chat:
         return answer
 
 
-def load_chat(folder: Path, image: Path | None = None, device: str | None = None, **options: Any) -> Chat:
+def load_chat(
+    folder: Path, image: Path | None = None, device: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> Chat:
     """Returns a chat with the checkpoint in a folder, on a GPU if there is one.
 
     Raises:
         ValueError: the folder holds no export of ours, or the image does not open.
     """
     check_export(folder)
-    check_code(folder)
     target = _device(device)
     picture = None if image is None else open_image(image)
-    processor = load_processor(folder)
+    processor, model = load_export(folder, trust_remote_code)
     if processor.chat_template is None:
         raise ValueError(f"{folder}: no chat_template.jinja, so nobody knows how to ask this model; export it again")
-    model = load_model(folder, dtype="auto")
-    model.to(target)  # pyright: ignore[reportArgumentType]
-    return Chat(model.eval(), processor, picture, **options)
+    return Chat(model.to(target), processor, picture, **options)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -117,11 +116,15 @@ def main(
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = 256,
     temperature: Annotated[float, Option(min=0.0, help="0 answers the same every time")] = 0.0,
     device: Annotated[str | None, Option(help="cpu, cuda, ...; default: a GPU if there is one")] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="run the Python files in the exported folder")
+    ] = False,
 ) -> None:
     """Prints the model's answer."""
     if question is not None and not question.strip():
         raise UsageError("--question is empty; leave it out to ask interactively")
-    chat = load_chat(model, image, device, max_new_tokens=max_new_tokens, temperature=temperature)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    chat = load_chat(model, image, device, trust_remote_code, **options)
     for asked in [question.strip()] if question is not None else _questions():
         print(plain(chat.ask(asked)), flush=True)
 

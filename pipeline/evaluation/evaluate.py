@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import torch
 from PIL import Image
 from rich.progress import BarColumn, TimeRemainingColumn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer import Option
 
 from common.console import UsageError, build_console, build_progress, plain, run
@@ -25,7 +24,7 @@ from common.images import load_image
 from data_prep.image_roots import ImageEntry, open_images, read_image
 from data_prep.records import Refused, check_path
 from model.hf_folder import check_export
-from model.hf_read import check_code, load_model, load_processor, named
+from model.hf_read import load_export
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
 
 MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some that say yes in a sentence
@@ -60,7 +59,7 @@ def evaluate(
     questions = read_questions(data, rows)
     check_export(model_dir)
     entries = find_images(questions, images)  # before anything is loaded
-    processor, model = load_folder(model_dir, trust_remote_code)
+    processor, model = load_export(model_dir, trust_remote_code)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     limit = model.config.max_position_embeddings
     fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
@@ -69,21 +68,6 @@ def evaluate(
         raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
     asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
     return EvaluationResult(answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens), too_long)
-
-
-def load_folder(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Returns the processor and the model of an export, with the code of this repository or of the folder.
-
-    Raises:
-        ValueError: The folder is damaged, or was written by another version and is not trusted.
-    """
-    if not trust_remote_code:
-        check_code(folder)
-        return load_processor(folder), load_model(folder, dtype="auto").eval()
-    trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
-    with named(folder):
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **trusted)
-        return AutoProcessor.from_pretrained(folder, **trusted), model.eval()
 
 
 @torch.inference_mode()

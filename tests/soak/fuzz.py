@@ -1,14 +1,12 @@
 """Damages listings and checkpoints at random and reads them: refused in one line or read, nothing outside touched.
 
-    python -m tests.soak.fuzz STORE CHECKPOINT WORK [COUNT]    a shard directory, a step folder, a folder to work in
-
-What was redone after the damage, digests and fingerprint, is as a stranger would do it, who wants it to be believed.
+`tests/pipeline/test_fuzz.py` does it a few hundred times, in `make soak` some thousands. What was redone after the
+damage, digests and fingerprint, is as a stranger would do it, who wants it to be believed.
 """
 
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,6 @@ import torch
 
 from data_prep.listings import file_digest, fingerprint, seal
 from pipeline.checkpoint.checkpoint import load_trained_parameters
-from pipeline.distributed import initialize_distributed
 from pipeline.shards.shard_set import ShardSet
 from tests.watch import snapshot
 
@@ -149,16 +146,3 @@ def fuzz_checkpoints(step: Path, work: Path, count: int, seed: int = 0) -> Count
         attempt(read, found, watched, before)
         rmtree(work / "inside")
     return found
-
-
-def main() -> None:
-    """Fuzzes with the arguments of the command line."""
-    initialize_distributed()
-    store, step, work = map(Path, sys.argv[1:4])
-    count = int(sys.argv[4]) if len(sys.argv) > 4 else 2000
-    print("listings", dict(fuzz_listings(store, work / "listings", count)))
-    print("checkpoints", dict(fuzz_checkpoints(step, work / "checkpoints", count // 4)))
-
-
-if __name__ == "__main__":
-    main()

@@ -108,7 +108,7 @@ def test_import_command_errors(tmp_path: Path) -> None:
     folders = ("--vision", tmp_path / "clip", "--out", tmp_path / "base")
     for arguments, code, message in (
         (folders, 2, "give either --llm"),
-        (("--llm", tmp_path, *folders, "--template", "v2"), 2, "template 'v2' is unknown"),
+        (("--llm", tmp_path, *folders, "--template", "v2"), 2, "--template 'v2' must be one of plain, v1"),
         (("--llm", tmp_path, *folders, "--projector", "mpl"), 2, "--projector 'mpl' must be one of mlp, linear"),
         (("--release", tmp_path, *folders, "--projector", "linear"), 2, "a release has its own"),
         (("--llm", tmp_path, *folders), 1, "no tokenizer files"),
