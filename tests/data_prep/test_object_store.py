@@ -88,6 +88,7 @@ def test_a_zip_takes_two_reads_to_open(source, s3: Bucket) -> None:
     assert directory.find("1.jpg") and not directory.find("2.jpg")
 
 
+@pytest.mark.slow  # retries wait
 def test_every_third_request_may_fail(whole, shard, s3: Bucket) -> None:
     with s3.server.watched(fail_every=3) as requests:
         shard()

@@ -1,6 +1,7 @@
 """`generate()` in all its ways, with images: against greedy decoding of the equations, written out token by token."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -185,8 +186,10 @@ def test_a_decoding_step_is_one_graph_compiled_once() -> None:
         num_graphs += 1
         return graph.forward
 
+    # Training on a CPU leaves a function mode on, which an export in use does not have and dynamo cannot follow.
+    is_on = torch._C._len_torch_function_stack() > 0
     step: Any = torch.compile(model.forward, fullgraph=True, backend=count)
-    with torch.no_grad():
+    with torch.no_grad(), torch.overrides._pop_mode_temporarily() if is_on else nullcontext():
         ids = [model(**inputs, past_key_values=cache).logits[:, -1:].argmax(-1)]
         for number in range(5):
             slot = torch.tensor([length + number])

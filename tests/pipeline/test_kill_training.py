@@ -13,6 +13,7 @@ def with_saving(config: RunConfig, run_dir, **changes) -> RunConfig:
     return config.model_copy(update={"run_dir": run_dir, "checkpoint": config.checkpoint.model_copy(update=changes)})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_goes_on_bit_for_bit(stage2, tmp_path):
     config = with_saving(stage2, tmp_path / "run", in_background=True)
     moments = (when(config.run_dir, step) for when, step in [(being_written, 2), (being_written, 2), (named, 2)])

@@ -6,7 +6,14 @@ from pipeline.checkpoint.run_info import describe_run
 
 FREE = {
     *("run_dir", "init.base", "data.shards", "init.projector"),  # their contents count, not where they lie
-    *("data.cache", "data.cache_limit", "data.row_multiple", "data.num_workers", "data.prefetch_steps"),
+    *(
+        "data.cache",
+        "data.cache_limit",
+        "data.row_multiple",
+        "data.num_workers",
+        "data.prefetch_steps",
+        "data.max_bad_samples",
+    ),
     *("train.num_epochs", "train.max_steps", "train.image_batch_size"),  # the first two by the number of steps
     *("compute.attention", "compute.recompute", "compute.gradient_accumulation_fusion"),
 }
@@ -20,6 +27,7 @@ KEPT = {
     "data.max_text_tokens_per_pack": 999,
     "data.max_images_per_pack": 3,
     "data.exact_images": True,
+    "data.special_tokens": "plain",
     "optim.learning_rate": 0.5,
     "optim.warmup_fraction": 0.5,
     "optim.weight_decay": 0.5,
