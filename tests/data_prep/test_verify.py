@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -580,7 +581,7 @@ def test_a_bad_disk_is_damage_and_a_lost_one_is_an_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(verify_shard, "open_buffered", lambda _: Broken())
     monkeypatch.setattr(verify_shard, "_read_sidecar", lambda task: ((tmp_path / "a.json").read_bytes(), ""))
     monkeypatch.setattr(verify_shard, "read_summary", lambda *_, **__: None)
-    numbers = {"bytes": 10, "num_samples": 1, "num_images": 0, "num_rejected": 0}
+    numbers: dict[str, Any] = {"bytes": 10, "num_samples": 1, "num_images": 0, "num_rejected": 0}
     task = VerifyTask(tmp_path, ShardEntry(tar="a.tar", sidecar="a.json", sha256="0" * 64, **numbers), None)
     if code == errno.EIO:
         found = verify_shard.verify_shard(task).problems
