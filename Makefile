@@ -117,7 +117,7 @@ export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self
 	$(call need,CKPT OUT)
 	$(PYTHON) -m pipeline.export --checkpoint $(CKPT) --out $(OUT) $(ARGS)
 
-evaluate: setup ## MODEL=dir DATA=x.json IMAGES=dir: score an exported folder on LLaVA-format questions
+evaluate: setup ## MODEL=dir DATA=x.json IMAGES=dir-zip-or-url: score an exported folder on LLaVA-format questions
 	$(call need,MODEL DATA IMAGES)
 	$(PYTHON) -m pipeline.evaluation.evaluate --model $(MODEL) --data $(DATA) --images $(IMAGES) $(ARGS)
 

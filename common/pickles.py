@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, BinaryIO, ClassVar
 
 type Globals = Mapping[tuple[str, str], Any]
@@ -36,9 +37,9 @@ class DataUnpickler(_Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which such a file has no use for") from None
 
     def load_build(self) -> None:
-        """Sets the attributes of an object, never those of a class, which other objects share."""
-        if isinstance(changed := self.stack[-2], type):
-            raise pickle.UnpicklingError(f"it changes {changed.__name__}, a class")
+        """Sets the attributes of an object, never those of a class or of an enum's member, which others share."""
+        if isinstance(changed := self.stack[-2], type | Enum):
+            raise pickle.UnpicklingError(f"it changes {changed!r}, which is shared")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build

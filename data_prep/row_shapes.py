@@ -92,7 +92,8 @@ def _turn(number: int, turn: Any, shape: dict[str, str], paths: list[Any]) -> di
         for kind in OTHER_MEDIA:
             if f"<{kind}>" in text:
                 raise Refused(kind, f"<{kind}> in turn {number}; only images and text can be trained on")
-    others = {key: value for key, value in turn.items() if key not in (role_key, text_key)}
+    # A table of rows in two shapes has all four keys in each, two of them null
+    others = {key: value for key, value in turn.items() if key not in ("from", "role", "value", "content")}
     return {"from": ROLES[role], "value": text} | others
 
 

@@ -82,8 +82,16 @@ def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str])
         return
     if manifest.version > 1 and not listings.is_sealed(data):
         yield Problem("plan.json", UNSEALED)
-    elif manifest.identity_sha256 not in (None, listings.identity_digest(json.loads(data)["identity"])):
+    elif manifest.identity_sha256 is not None and _identity_digest(data) != manifest.identity_sha256:
         yield Problem("plan.json", "is not that of these shards")
+
+
+def _identity_digest(plan: bytes) -> str | None:
+    """Returns the digest of what a plan is of; None if it does not say."""
+    try:
+        return listings.identity_digest(json.loads(plan)["identity"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:

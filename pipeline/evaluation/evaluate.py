@@ -20,8 +20,9 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from typer import Option
 
 from common.console import UsageError, build_console, build_progress, plain, run
+from common.files import open_location
 from common.images import load_image
-from data_prep.image_roots import ImageEntry, open_images, read_image
+from data_prep.image_roots import ImageEntry, open_images, read_image, split_name
 from data_prep.records import Refused, check_path
 from model.hf_folder import check_export
 from model.hf_read import load_export
@@ -67,7 +68,9 @@ def evaluate(
     if not any(fits):
         raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
     asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
-    return EvaluationResult(answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens), too_long)
+    found_as = {path: entry.found_as for path, entry in entries.items() if entry.found_as}
+    answers = answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens)
+    return EvaluationResult(answers, too_long, found_as)
 
 
 @torch.inference_mode()
@@ -167,6 +170,7 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
         ValueError: one is not there, or its path or a link leads out of the folder.
     """
     roots, entries = open_images([str(root)]), {}
+    folder = open_location(split_name(str(root))[1])
     for question in questions:
         for path in question.images:
             try:
@@ -176,7 +180,7 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
                 raise ValueError(f"record {question.row_id!r}, image {path!r}: {error}") from None
             if entry is None:
                 raise ValueError(f"{root}/{path}: no such image, wanted by record {question.row_id!r}; check --images")
-            if os.path.isdir(root) and not _is_inside(entry.file, root):
+            if isinstance(folder, Path) and folder.is_dir() and not _is_inside(entry.file, folder):
                 raise ValueError(
                     f"{entry.file} is a link that leads out of --images, wanted by record {question.row_id!r}; put the "
                     "image itself there"
@@ -185,7 +189,7 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
     return entries
 
 
-def _is_inside(file: str, root: str | Path) -> bool:
+def _is_inside(file: str, root: Path) -> bool:
     """Whether a file lies in a folder when all links are followed: rows come from outside, and links may too."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
@@ -234,6 +238,9 @@ def main(
     print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")
     if result.num_cut:
         print(f"{result.num_cut:,} answers were cut, so they may be wrong for that alone; raise --max-new-tokens")
+    if result.found_as:
+        path, found = next(iter(result.found_as.items()))
+        print(f"{len(result.found_as):,} images have another name than in the rows: {plain(path)} is {plain(found)}")
     if result.too_long:
         first = plain(repr(result.too_long[0].row_id))
         print(f"{len(result.too_long):,} questions fill the model's positions and were not asked; first record {first}")

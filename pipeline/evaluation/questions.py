@@ -8,8 +8,8 @@ An answer counts if it equals the expected one without regard to case and surrou
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,12 @@ class EvaluationResult:
     """The answers in the order of the data, and what fraction of them is right.
 
     `too_long` questions leave no position of the model for an answer. They were not asked and are not in the accuracy.
+    `found_as` has the images that were found under another extension, or in the other Unicode form, by their paths.
     """
 
     answers: tuple[Answer, ...]
     too_long: tuple[Question, ...] = ()
+    found_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_questions(self) -> int:

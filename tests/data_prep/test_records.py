@@ -179,6 +179,17 @@ def test_what_json_or_utf8_cannot_hold_is_refused(value: object) -> None:
             None,
             {"images": "images", "values": "numbers"},
         ),
+        (  # as a table of rows in two shapes gives them: every turn has all four keys
+            {
+                "conversations": [
+                    {"from": None, "value": None, "role": "user", "content": "a?"},
+                    {"from": "", "value": "", "role": "assistant", "content": "b"},
+                ]
+            },
+            [("human", "a?"), ("gpt", "b")],
+            None,
+            {"role": "role", "text": "content", "human": "user", "gpt": "assistant"},
+        ),
     ],
 )
 def test_the_shapes_of_other_trainers_become_one(

@@ -248,6 +248,24 @@ def test_what_is_missing_is_told_before_anything_is_written(dataset, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_messages_and_images_are_read_as_those_of_json(dataset, tmp_path: Path) -> None:
+    """The other common columns: `messages` of roles and contents, and a list `images`."""
+    rows = Rows(dataset)
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema([("id", pa.string()), ("images", pa.list_(IMAGE)), ("messages", turns)])
+    renamed, tabled = [], []
+    for row in rows.rows:
+        messages = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
+        paths = [row["image"]] if row.get("image") else []
+        renamed.append({"id": row["id"], "images": paths, "messages": messages})
+        tabled.append(renamed[-1] | {"images": rows.embed(paths)})
+    rows.data.write_text(json.dumps(renamed))
+    pq.write_table(pa.Table.from_pylist(tabled, schema), tmp_path / "rows.parquet", row_group_size=5)
+    make_shards(rows.data, rows.images, tmp_path / "json", SMALL)
+    make_shards(tmp_path / "rows.parquet", (), tmp_path / "parquet", SMALL)
+    assert tars(tmp_path / "parquet") == tars(tmp_path / "json")
+
+
 def test_a_url_is_read_as_a_folder_is(dataset, tmp_path: Path) -> None:
     data = write_parquet_folder(Rows(dataset), tmp_path)
     store = open_location("memory://tables-test/rows")

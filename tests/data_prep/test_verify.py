@@ -318,6 +318,16 @@ def other_plan(shards: Shards) -> list[str]:
     return ["plan.json: is not that of these shards"]
 
 
+def plan_of_nothing(shards: Shards) -> list[str]:
+    (shards.out / "plan.json").write_bytes(seal({"identity": None}))
+    return ["plan.json: is not that of these shards"]
+
+
+def plan_that_does_not_say(shards: Shards) -> list[str]:
+    (shards.out / "plan.json").write_bytes(seal({"version": 2}))
+    return ["plan.json: is not that of these shards"]
+
+
 def missing_plan(shards: Shards) -> list[str]:
     (shards.out / "plan.json").unlink()
     return ["plan.json: is missing"]
@@ -399,6 +409,8 @@ def missing_rejects(shards: Shards) -> list[str]:
         damaged_plan,
         other_plan,
         missing_plan,
+        plan_of_nothing,
+        plan_that_does_not_say,
         damaged_plan_and_index,
     ],
 )

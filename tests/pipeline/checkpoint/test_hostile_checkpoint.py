@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+from enum import Enum
 from pathlib import Path
 from shutil import copytree
 from types import ModuleType
@@ -13,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from common.pickles import read_pickle
 from model.backend import fp8_state_checked
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.checkpoint.data_only import data_only, read_metadata
@@ -116,8 +118,18 @@ def test_a_pickle_does_not_change_a_class(stage1, megatron, tmp_path):
     named = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
     (checkpoint / ".metadata").write_bytes(b"\x80\x02" + named + b"N}X\x04\x00\x00\x00evilK\x01s\x86b.")
     sign(checkpoint)
-    with pytest.raises(ValueError, match="it changes Metadata, a class"):
+    with pytest.raises(ValueError, match="it changes <class '.*Metadata'>, which is shared"):
         load_trained_parameters(checkpoint)
+
+
+def test_a_pickle_does_not_change_a_member_of_an_enum():
+    class Kind(Enum):
+        ONE = 1
+
+    changes = b"\x80\x02ckinds\nKind\nK\x01\x85R}X\x04\x00\x00\x00evilK\x01sb."
+    with pytest.raises(ValueError, match="it changes <Kind.ONE: 1>, which is shared"):
+        read_pickle(io.BytesIO(changes), {("kinds", "Kind"): Kind})
+    assert not hasattr(Kind.ONE, "evil")
 
 
 def test_loading_forces_torch_to_read_data_and_puts_back_what_was_set(monkeypatch, tmp_path):

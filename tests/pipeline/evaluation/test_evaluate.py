@@ -237,8 +237,9 @@ def test_no_image_outside_the_folder_is_read(world: Path, tmp_path: Path, kind: 
     Image.open(world / "0.png").save(tmp_path / "0.png")
     name = {"parent": "../0.png", "absolute": str(world / "0.png"), "link": "link.png", "folder link": "folder/0.png"}
     (tmp_path / "test.json").write_text(json.dumps([row(name[kind], "<image>\nIs it?", "no")]))
-    with pytest.raises(ValueError, match=r"must be relative and stay under|is a link that leads out of"):
-        evaluate(world / "model", tmp_path / "test.json", images)
+    for spelled in (images, f"file://{images}"):
+        with pytest.raises(ValueError, match=r"must be relative and stay under|is a link that leads out of"):
+            evaluate(world / "model", tmp_path / "test.json", spelled)
     (tmp_path / "images link").symlink_to(world)  # the folder itself may be one
     (tmp_path / "test.json").write_text(json.dumps([row("0.png", "<image>\nIs it?", "no")]))
     assert evaluate(world / "model", tmp_path / "test.json", tmp_path / "images link", max_new_tokens=1).num_questions
