@@ -30,4 +30,4 @@ def read_json_object(file: Location, way_out: str) -> dict[str, Any]:
             return found
         raise ValueError(f"a {type(found).__name__} instead of an object")
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); {way_out}") from None
+        raise ValueError(f"{file} is damaged ({error}); {way_out}") from error

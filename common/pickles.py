@@ -54,7 +54,7 @@ def read_pickle(stream: BinaryIO, known: Globals) -> Any:
     try:
         return DataUnpickler(stream, known).load()
     except Exception as error:  # a crafted one may call what is known with any arguments
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def tell(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def named(what: Path, way_out: str = WAY_OUT) -> Iterator[None]:
         text = tell(error)
         if isinstance(error, ValueError) and str(error).startswith(str(what)) and "\n" not in str(error):
             raise
-        raise ValueError(f"{what} cannot be read ({text}); {way_out}") from None
+        raise ValueError(f"{what} cannot be read ({text}); {way_out}") from error
 
 
 def load_config(folder: Path) -> SaisaConfig:

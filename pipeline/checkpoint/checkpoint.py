@@ -132,7 +132,7 @@ def _check_data(checkpoint: Path, way_out: str) -> None:
         try:
             check_data(checkpoint)
         except ValueError as error:
-            raise _damage(checkpoint, str(error), way_out) from None
+            raise _damage(checkpoint, str(error), way_out) from error
 
     broadcast_from_rank0(check)
 
@@ -153,13 +153,10 @@ def _named_damage(checkpoint: Path, way_out: str) -> Iterator[None]:
     try:
         with data_only():
             yield
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
+    except (torch.OutOfMemoryError, torch.distributed.DistError, NameError):
         raise  # not its fault
     except (CheckpointException, CheckpointingException, Exception) as error:  # torch's first is no Exception
-        why = first_cause(error)
-    else:
-        return
-    raise _damage(checkpoint, why, way_out)
+        raise _damage(checkpoint, first_cause(error), way_out) from error
 
 
 def _damage(checkpoint: Path, why: str, way_out: str) -> ValueError:

@@ -20,6 +20,7 @@ from model.hf_read import (
     load_model,
     load_processor,
     load_tokenizer,
+    named,
     read_safetensors_file,
 )
 from model.hf_source import read_checkpoint, read_json
@@ -55,6 +56,17 @@ def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def change(file: Path, **changes: object) -> None:
     before = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(before | changes))
+
+
+def test_what_a_library_raised_is_the_cause_of_the_line(tmp_path: Path) -> None:
+    error = KeyError("weights")
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be read") as caught, named(tmp_path):
+        raise error
+    assert caught.value.__cause__ is error
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged") as caught:
+        load_config(tmp_path)
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
 
 
 def test_code_in_an_export_does_not_run(export: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from common.pickles import read_pickle
 from model.backend import fp8_state_checked
@@ -70,6 +72,20 @@ def test_taking_a_projector_runs_nothing(stage1, megatron, tmp_path, part):
     with pytest.raises(ValueError, match=r"step-00000006: damaged \(.*mkdir") as refused:
         load_trained_parameters(checkpoint)
     assert "\n" not in str(refused.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("error", [KeyError("wanted"), CheckpointingException("torn"), NameError("a bug")])
+def test_damage_keeps_its_cause_and_a_bug_is_none(stage1, megatron, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist_checkpointing, "load", fails)
+    with pytest.raises((ValueError, NameError)) as caught:
+        load_trained_parameters(find_checkpoint(stage1.run_dir))
+    if isinstance(error, NameError):
+        assert caught.value is error
+    else:
+        assert "damaged (" in str(caught.value) and caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("part", ["metadata", "common", "object", "tensor"])
