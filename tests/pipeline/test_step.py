@@ -12,11 +12,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 from pipeline import loop
 from pipeline.checkpoint.run_info import find_checkpoint
+from pipeline.config import RunConfig
+from pipeline.data.batches import BatchSource
+from pipeline.data.lengths import LengthTable
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.export import export
+from pipeline.loop import train
 from pipeline.metrics import read_metrics
 from pipeline.state import TrainState, build
 from pipeline.step import model_inputs, train_step
+from tests.processes import run_together
 
 
 def images_of_pack(state: TrainState, pack: list[int]) -> list[Path]:
@@ -96,6 +101,44 @@ def test_targets_that_the_length_table_did_not_tell_stop_the_run(stage2):
     planned = replace(batch.counts, num_targets=batch.counts.num_targets + 1)
     with pytest.raises(ValueError, match=r"step 0: the samples have \d+ targets, but the length table says \d+"):
         train_step(state, replace(batch, counts=planned), 0.0)
+    shutdown_distributed()
+
+
+def with_another_table(config: RunConfig) -> str:
+    """Returns what this process says of a length table that tells one target too many, and that no sample checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = BatchSource.__init__
+
+        def init(self, *args) -> None:
+            real(self, *args)
+            table = self.schedule.table
+            table.column("num_targets")[self.schedule.samples(0)[0]] += 1
+
+        patch.setattr(BatchSource, "__init__", init)
+        patch.setattr(LengthTable, "check", lambda *_: None)
+        with pytest.raises(ValueError, match="length table") as caught:
+            train(config)
+    shutdown_distributed()
+    return str(caught.value)
+
+
+def test_another_length_table_is_one_line_of_all_ranks(deep_stage2, tmp_path):
+    real = read_metrics(deep_stage2.run_dir)[0]["num_targets"]
+    said = run_together(2, with_another_table, deep_stage2.model_copy(update={"run_dir": tmp_path / "run"}))
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert said[0].startswith(f"step 0: the samples have {real:,} targets, but the length table says {real + 1:,}; ")
+    assert not (tmp_path / "run/checkpoints/step-00000002").exists()
+
+
+def test_a_batch_whose_targets_are_all_cut_names_the_setting_that_cut_them(world, stage1, tmp_path):
+    changes = {"init__projector": stage1.run_dir, "data__max_positions": 30, "data__cache": tmp_path / "cache"}
+    state = build(world.config("demo-stage2", tmp_path / "run", **changes), initialize_distributed())
+    batch = state.source[0]
+    cut = batch.counts.num_truncated_tokens
+    says = rf"step 0: no sample has anything to learn .*data.max_positions=30 cut {cut:,} text tokens of them; raise it"
+    with pytest.raises(ValueError, match=says):
+        train_step(state, batch, 0.0)
+    assert cut > 0
     shutdown_distributed()
 
 
