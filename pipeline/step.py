@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import cast
 
+import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -141,8 +142,12 @@ def without_bad_samples(state: TrainState, batch: GlobalBatch) -> GlobalBatch:
     if new:
         limit = config.data.max_bad_samples
         check_bad_samples(state.bad_samples, limit, config.run_dir, batch.step + 1, sorted(new))
-    num_targets = int(state.source.schedule.table.column("num_targets")[list(found)].sum()) if found else 0
-    return leave_out(batch, found.keys(), num_targets) if found else batch
+    if not found:
+        return batch
+    schedule = state.source.schedule
+    numbers = schedule.samples(batch.step)
+    bad = numbers[np.isin(numbers, list(found))]  # a batch may hold a sample more than once
+    return leave_out(batch, bad.tolist(), int(schedule.table.column("num_targets")[bad].sum()))
 
 
 def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
