@@ -6,7 +6,6 @@ record to record; one in a store through fsspec's buffer, in pieces of megabytes
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from base64 import b64encode
@@ -17,6 +16,7 @@ from PIL import Image
 
 from common.files import Location, open_file, read_whole
 from common.images import load_image
+from common.json_files import parse_json
 from data_prep.image_check import LOSSY
 from data_prep.listings import ShardEntry
 from data_prep.report_stats import Stats, count, measure
@@ -91,7 +91,7 @@ def read_sidecar(task: ReportTask) -> list[tuple[str, int, int, int]]:
         data = read_whole(task.folder / task.shard.sidecar)
         if task.shard.sidecar_sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError("another SHA-256")
-        sidecar = json.loads(data)
+        sidecar = parse_json(data)
         samples = list(zip(*(sidecar[name] for name in ("keys", "offsets", "sizes", "checksums")), strict=True))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{task.shard.sidecar} is not the sidecar of {task.shard.tar}; {AGAIN}") from None
@@ -111,7 +111,7 @@ def read_record(file: IO[bytes], key: str, tar: str) -> dict:
         header = tarfile.TarInfo.frombuf(file.read(BLOCK_BYTES), "utf-8", "strict")
         if header.name != f"{key}.json":
             raise ValueError(f"found {header.name} in its place")
-        return json.loads(file.read(header.size))
+        return parse_json(file.read(header.size))
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{tar}: the record of sample {key} cannot be read ({error}); {AGAIN}") from None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from common.files import Location, open_file, read_whole
+from common.json_files import parse_json
 from data_prep.listings import ShardEntry
 from data_prep.shard_task import ShardSummary, read_summary
 from data_prep.tar_writer import BLOCK_BYTES, END_OF_ARCHIVE
@@ -69,15 +70,25 @@ def verify_shard(task: VerifyTask) -> Verdict:
     """
     shard = task.shard
     receipt, wrong = _read_sidecar(task)
+    fields, summary = _understood(shard, receipt) if receipt else (None, None)
+    if receipt and fields is None:
+        wrong = "is not one that `make shards` writes"
     try:
         with open_buffered(task.folder / shard.tar) as file:
-            problems = list(check_tar(file, shard, json.loads(receipt) if receipt else None))
+            problems = list(check_tar(file, shard, fields))
     except OSError as error:
         problems = [Problem(shard.tar, _told(error, task.folder))]
     if wrong:
         problems.insert(0, Problem(shard.sidecar, wrong if problems else f"{wrong}; the tar is whole"))
-    summary = read_summary(Path(shard.tar).stem, receipt, is_new=False) if receipt else None
     return Verdict(shard.bytes, shorten(problems), summary)
+
+
+def _understood(shard: ShardEntry, receipt: bytes) -> tuple[dict | None, ShardSummary | None]:
+    """Returns what a sidecar says and its summary; None of both where it has the right digest but makes no sense."""
+    try:
+        return parse_json(receipt), read_summary(Path(shard.tar).stem, receipt, is_new=False)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None, None
 
 
 def _read_sidecar(task: VerifyTask) -> tuple[bytes | None, str]:

@@ -24,6 +24,7 @@ from data_prep.row_shapes import Refused
 HEADER = struct.Struct("<4s4xHH4xLLLHHH8xL")  # of a member, in the directory
 END = struct.Struct("<4s8xLL2x")  # a comment of up to 65,535 bytes follows
 END64 = struct.Struct("<4s36xQQ20x")  # with the locator of 20 bytes that stands between it and the other end
+TOO_LARGE = 1 << 62  # bytes: sums of such numbers still fit where files are read
 MAX_END_BYTES = END64.size + END.size + 65535
 IN_EXTRA_FIELD = 0xFFFFFFFF  # for a number that takes 64 bits
 ZIP64, UNICODE_NAME = 0x0001, 0x7075  # kinds of extra field
@@ -100,6 +101,8 @@ class ZipDirectory:
                 size, stored, offset = _widen([size, stored, offset], data)
             elif kind == UNICODE_NAME and data[:5] == struct.pack("<BL", 1, zlib.crc32(raw_name)):
                 name = data[5:] or name
+        if max(size, stored, offset) >= TOO_LARGE:
+            raise zipfile.BadZipFile(f"its directory is damaged at byte {header_offset:,}: no file is so large")
         slot = ZipSlot(self.num_bytes_before + offset, stored, size, -1 if flags & ENCRYPTED else method, crc)
         return name, slot, name_end + extra_bytes + comment_bytes
 

@@ -133,6 +133,10 @@ def load_model(folder: Path, **options: Any) -> SaisaForConditionalGeneration:
         ValueError: Its configuration or weights are damaged, or its code is another than this repository's.
     """
     config = load_config(folder)
+    if (index := folder / "model.safetensors.index.json").is_file():
+        files_in_index(index)  # transformers would follow a path out of the folder
+    if (generation := folder / "generation_config.json").is_file():
+        read_json_object(generation, WAY_OUT)  # transformers would go on without one that is damaged
     with named(folder):
         return SaisaForConditionalGeneration.from_pretrained(
             folder, config=config, use_safetensors=True, **DATA_ONLY, **options
@@ -147,11 +151,29 @@ def load_export(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any
     """
     if not trust_remote_code:
         check_code(folder)
-        return load_processor(folder), load_model(folder, dtype="auto").eval()
+        processor, model = load_processor(folder), load_model(folder, dtype="auto").eval()
+        check_processor(folder, processor, model.config)
+        return processor, model
     trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
     with named(folder):
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **trusted)
         return AutoProcessor.from_pretrained(folder, **trusted), model.eval()
+
+
+def check_processor(folder: Path, processor: SaisaProcessor, config: SaisaConfig) -> None:
+    """Makes sure that a processor writes prompts, and as many placeholders as the model has visual tokens.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if processor.num_image_tokens != config.num_image_tokens:
+        raise ValueError(
+            f"{folder / 'processor_config.json'}: num_image_tokens={processor.num_image_tokens!r}, but the model has "
+            f"{config.num_image_tokens} visual tokens an image; {WAY_OUT}"
+        )
+    if processor.chat_template is not None:
+        with named(folder / "chat_template.jinja"):
+            processor.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
 
 
 def check_code(folder: Path) -> None:

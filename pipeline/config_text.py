@@ -37,6 +37,10 @@ RULES = {
 }
 
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What the loader raises about a text: tags such as `!!int` end in errors of Python's own."""
+
+
 class _TextLoader(yaml.SafeLoader):
     """Reads every scalar but null as the text it is; the settings' types say what it means.
 
@@ -67,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}; name an existing YAML file, such as one of configs/") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as that") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold `key: value` lines, found {type(values).__name__}")
@@ -93,7 +97,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise UsageError(f"override {override!r}: {section!r} is a single value, it has no {key!r} inside")
     try:
         target[key] = yaml.load(text, _TextLoader)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         target[key] = text
 
 

@@ -161,3 +161,17 @@ def test_an_empty_zip_and_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "none.zip").touch()
     with pytest.raises(ValueError, match=r"none\.zip is not a readable zip file \(it does not end like one\)"):
         ZipDirectory(tmp_path / "none.zip")
+
+
+@pytest.mark.parametrize("field", ["size", "stored", "offset"])
+def test_a_member_that_ends_beyond_the_zip_is_one_line(tmp_path: Path, field: str) -> None:
+    """Numbers that no file has, as zip64 may write them: they ended the run in an OverflowError."""
+    info = zipfile.ZipInfo("a.png")
+    huge = {"size": 0, "stored": 0, "offset": 0} | {field: (1 << 63) + 5}
+    extra = struct.pack("<HHQQQ", 1, 24, *huge.values())
+    header = struct.pack("<4s4xHH4xLLLHHH8xL", b"PK\1\2", 0, 0, 0, *(2**32 - 1,) * 2, 5, len(extra), 0, 2**32 - 1)
+    directory = header + info.filename.encode() + extra
+    end = struct.pack("<4s4xHHLLH", b"PK\5\6", 1, 1, len(directory), 0, 0)
+    (tmp_path / "a.zip").write_bytes(directory + end)
+    with pytest.raises(ValueError, match="not a readable zip file .its directory is damaged at byte 0"):
+        ZipDirectory(tmp_path / "a.zip")

@@ -9,6 +9,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -242,3 +243,38 @@ def test_a_whole_file_reads_equal(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     found = dict(read_safetensors_file(tmp_path / "model.safetensors", lambda name: name == "a"))
     assert list(found) == ["a"] and torch.equal(found["a"], tensors["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("processor_config.json", {"num_image_tokens": 0}, "num_image_tokens=0, but the model has"),
+        ("generation_config.json", "{", "generation_config.json is damaged"),
+        ("chat_template.jinja", "{% if", "chat_template.jinja cannot be read"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "chat_template.jinja cannot be read"),
+        ("chat_template.jinja", "{{ messages[9].x.y }}", "chat_template.jinja cannot be read"),
+    ],
+)
+def test_an_export_that_would_answer_wrongly_or_break_is_one_line(
+    export: Path, name: str, changes: str | dict, told: str
+) -> None:
+    if isinstance(changes, dict):
+        change(export / name, **changes)
+    else:
+        (export / name).write_text(changes)
+    with pytest.raises(ValueError, match=told) as refused:
+        load_chat(export)
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_outside_the_export_are_not_read(export: Path) -> None:
+    file = min(export.glob("*.safetensors"))
+    with safe_open(file, framework="pt") as tensors:
+        stored = list(tensors.keys())
+    file.rename(export.parent / "outside.safetensors")
+    index = export / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(stored, file.name)
+    moved = {name: "../outside.safetensors" if at == file.name else at for name, at in names.items()}
+    index.write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(ValueError, match="is no plain file name"):
+        load_chat(export)

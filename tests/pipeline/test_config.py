@@ -147,3 +147,13 @@ def test_a_configuration_is_read_without_a_framework(module):
     code = f"import sys, {module}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.stderr == "", ended.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.learning_rate=!!timestamp x", "log.tensorboard=!!bool x", "train.seed=!!int abc", "phase=" + "[" * 3000],
+)
+def test_what_yaml_breaks_on_is_one_line_that_names_the_setting(override):
+    with pytest.raises(UsageError, match=override.partition("=")[0]) as refused:
+        load_config(CONFIGS / "demo-stage1.yaml", [override])
+    assert "\n" not in str(refused.value)
