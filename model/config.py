@@ -114,7 +114,7 @@ class ComputeConfig(Section):
 
 
 def model_config_from_hf(config: Any) -> ModelConfig:
-    """Returns the `ModelConfig` that a Hugging Face `SaisaConfig` describes."""
+    """Returns the `ModelConfig` that a Hugging Face `SaisaConfig` describes, less an export's row for the image."""
     vision = config.vision_config
     vision = vision if isinstance(vision, dict) else vision.to_dict()
     return ModelConfig(
@@ -124,7 +124,7 @@ def model_config_from_hf(config: Any) -> ModelConfig:
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size - config.num_image_rows,
         max_positions=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
         rope_theta=config.rope_theta,

@@ -113,10 +113,12 @@ def add_image_row(
 ) -> tuple[SaisaConfig, Iterable[tuple[str, Tensor]]]:
     """Returns the configuration and the weights with a row for the image token, if they have none.
 
+    Weights that come from an export have it already, and keep theirs.
+
     The row says nothing: the model puts visual tokens in its place and never lets it be said. In the embedding it is
     all ones, unlike any that is learned, so that placeholders are known by it; in the head it is zero.
     """
-    num_rows = config.vocab_size
+    num_rows = config.vocab_size - config.num_image_rows
     if (num_missing := config.image_token_id + 1 - num_rows) <= 0:
         return config, tensors
 
@@ -129,7 +131,7 @@ def add_image_row(
                 yield name, tensor
 
     config = copy.deepcopy(config)
-    config.vocab_size += num_missing
+    config.vocab_size, config.num_image_rows = num_rows + num_missing, num_missing
     return config, filled()
 
 

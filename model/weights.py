@@ -34,7 +34,7 @@ class Entry:
 
     Several tensors stand together along dim 0, one slice of each in turn, `num_groups` times: once for a gated FFN
     (all gates, then all ups), once per key/value head for keys and values. `num_rows` is how many rows of ours are
-    real, where a vocabulary is filled up.
+    real, where a vocabulary is filled up; an export has more, for the image token, which no text can be.
     """
 
     ours: str
@@ -45,7 +45,7 @@ class Entry:
     def join(self, parts: list[Tensor]) -> Tensor:
         """Returns our parameter, made of their tensors."""
         if len(parts) == 1:
-            return parts[0]
+            return parts[0][: self.num_rows]
         return torch.cat([part.unflatten(0, (self.num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def split(self, joined: Tensor) -> list[Tensor]:

@@ -36,7 +36,9 @@ def base_model_config(base: Path) -> ModelConfig:
         raise ValueError(
             f"{base}: no base folder here (no config.json); make one with `make import-hf` or `make tiny-base`"
         )
-    return model_config_from_hf(load_config(base))
+    config = load_config(base)
+    with hf_read.named(base / "config.json"):
+        return model_config_from_hf(config)
 
 
 def load_image_processor(base: Path, image_aspect_ratio: str) -> SaisaImageProcessor:

@@ -25,6 +25,7 @@ class SaisaConfig(PretrainedConfig):
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
         projector_type: "mlp" (Linear, GELU, Linear) or "linear" (table 7 of the paper).
         vocab_size: ids that the model knows; in an export `image_token_id` is one of them.
+        num_image_rows: how many of them an export added to the language model's, for the image token.
         image_token_id: the id that stands for one visual token in `input_ids`. Its embedding is never used.
         eos_token_id: an id or a list of ids.
 
@@ -52,6 +53,7 @@ class SaisaConfig(PretrainedConfig):
         vision_select_layer: int = -2,
         projector_type: str = "mlp",
         image_token_id: int = 32000,
+        num_image_rows: int = 0,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         bos_token_id: int | None = 1,
@@ -73,6 +75,7 @@ class SaisaConfig(PretrainedConfig):
         self.vision_config = _vision_config(vision_config)
         self.vision_select_layer = vision_select_layer
         self.projector_type = projector_type
+        self.num_image_rows = num_image_rows
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         if projector_type not in PROJECTOR_TYPES:

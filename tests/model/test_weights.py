@@ -32,6 +32,13 @@ def test_what_fills_up_a_vocabulary_stays_here():
         assert found == theirs and rows.flatten().tolist() == [*range(model.vocab_size)]
 
 
+def test_the_row_that_an_export_adds_stays_there():
+    model = tiny()
+    rows = torch.arange(model.vocab_size + 1.0)[:, None]
+    ((_, ours),) = from_hf([("lm_head.weight", rows)], name_table(model))
+    assert torch.equal(ours, rows[:-1])
+
+
 def test_stage_2_starts_from_n_copies_of_the_shared_projector():
     model = tiny()
     shared = dict(random_projector(model, "shared_projector.", seed=3))
