@@ -27,7 +27,8 @@ DATA_ONLY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": Tru
 """Options of every `from_pretrained`. Without the first it asks whether to run a folder's code."""
 WAY_OUT = "download or write it again"
 CODE = Path(__file__).parent / "hf"
-TOKENIZER_PATHS = ("tokenizer_file", "vocab_file", "merges_file")
+NOT_READ = ("special_tokens_map_file", "tokenizer_config_file")
+"""Settings of a tokenizer that name files which transformers takes from the folder all the same."""
 LARGEST = {"num_hidden_layers": 1000, "": 10_000_000}  # of the whole numbers in a configuration
 
 
@@ -101,8 +102,12 @@ def check_tokenizer(folder: Path) -> None:
         raise ValueError(f"{folder}: no such folder")
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file, WAY_OUT) if file.is_file() else {}
-    if named_files := [name for name in TOKENIZER_PATHS if isinstance(settings.get(name), str)]:
-        raise ValueError(f"{file}: {named_files[0]}={settings[named_files[0]]!r} names a file; remove it from there")
+    for name, value in settings.items():
+        is_path = name == "vocab" or name.endswith(("_file", "_spm"))  # of all tokenizers in transformers
+        if is_path and name not in NOT_READ and isinstance(value, str):
+            raise ValueError(f"{file}: {name}={value!r} names a file; remove it from there")
+    if settings.get("init_inputs"):  # the same without names
+        raise ValueError(f"{file}: init_inputs={settings['init_inputs']!r} may name files; remove it from there")
 
 
 def load_image_processor(folder: Path, **options: Any) -> SaisaImageProcessor:

@@ -12,7 +12,7 @@ from webdataset.autodecode import IMAGE_EXTENSIONS
 from common import tokens
 from common.images import EXCLUDED_FORMATS, ImageError, formats, load_image, without_texts
 from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo, check_image
-from model.hf import processing_saisa
+from model.hf import image_loading_saisa, processing_saisa
 
 PIXELS = Image.effect_noise((30, 20), 90).convert("RGB")
 LONG = b"all work and no play " * 150_000  # 3 MB, which Pillow does not unpack
@@ -92,6 +92,10 @@ def test_what_would_start_a_program_or_is_never_decoded_is_no_image(kind: str) -
     if can_save(PIXELS, kind):
         with pytest.raises(ImageError, match="not an image"):
             load_image(encoded(PIXELS, kind))
+
+
+def test_exported_folders_exclude_the_same_formats() -> None:
+    assert image_loading_saisa.EXCLUDED_FORMATS == EXCLUDED_FORMATS
 
 
 def test_extensions_that_webdataset_takes_for_images_are_those_of_its_source() -> None:
