@@ -18,8 +18,7 @@ from model.hf_folder import write_hf_folder
 from model.hf_read import load_config, load_tokenizer
 from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
 from pipeline.checkpoint.checkpoint import load_trained_parameters
-from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info
-from pipeline.config import RunConfig
+from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info, stored_config
 from pipeline.data.templates import chat_template, end_of_answer
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.start import load_image_processor
@@ -32,7 +31,7 @@ def export(checkpoint: Path, out: Path) -> None:
         ValueError: the checkpoint or its base is not there, or `out` holds something already.
     """
     info = read_info(checkpoint)
-    config = RunConfig.model_validate(info["config"])
+    config = stored_config(checkpoint, info)
     base, template = config.init.base, config.data.template
     check_base(checkpoint, info, base)
     initialize_distributed()

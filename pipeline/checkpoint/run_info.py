@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from common.json_files import read_json_object
 from common.paths import within
 from pipeline.config import PROJECTOR_WORDS, RunConfig
+from pipeline.config_text import explain
 from pipeline.data.lengths import tokenizer_fingerprint
 
 MIB = 1 << 20
@@ -120,6 +123,21 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     return info
 
 
+def stored_config(checkpoint: Path, info: dict[str, Any]) -> RunConfig:
+    """Returns the configuration of the run that wrote a checkpoint, but for how often it saved and resumed.
+
+    Raises:
+        ValueError: This version has other settings.
+    """
+    try:
+        return RunConfig.model_validate(info["config"] | {"checkpoint": {}})
+    except ValidationError as error:
+        raise ValueError(
+            f"{checkpoint / 'info.json'}: written by another version, or damaged: {explain(error, RunConfig)}; use the "
+            "version that wrote it, or another checkpoint"
+        ) from None
+
+
 def check_base(checkpoint: Path, info: dict[str, Any], base: Path) -> None:
     """Makes sure that a checkpoint was trained on this base.
 
@@ -139,10 +157,17 @@ def check_run(checkpoint: Path, info: dict[str, Any], run: RunInfo) -> None:
         ValueError: It does not; the message says what differs.
     """
     was, now = (_flat(each) for each in (info["run"], asdict(run)))
-    differing = [f"{name} was {was.get(name)!r}, is {value!r}" for name, value in now.items() if was.get(name) != value]
+    differing = [
+        f"{name} was {was[name]!r}, is {value!r}" for name, value in now.items() if was.get(name, value) != value
+    ]
     if differing:
         raise ValueError(
             f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Use the same settings, or another run_dir"
+        )
+    if unknown := [name for name in now if name not in was]:
+        raise ValueError(
+            f"{checkpoint}: was written before {', '.join(unknown)} existed, so its run cannot go on here; "
+            "use another run_dir, or the version that wrote it"
         )
 
 

@@ -1,18 +1,24 @@
 """A checkpoint leaves in Hugging Face format, and says the same there."""
 
 import json
+from shutil import copytree
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from common.console import describe
+from model.hf_read import load_config
+from model.weights import read_safetensors
 from pipeline.checkpoint.checkpoint import restore_checkpoint
+from pipeline.checkpoint.integrity import MANIFEST, own_digests, write_manifest
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import export
+from pipeline.loop import train
 from pipeline.state import build
+from pipeline.step import train_step
 from tests.full_disk import no_file_larger_than
 
 
@@ -66,6 +72,53 @@ def test_the_exported_folder_answers_questions(world, exported):
     result = evaluate(exported, world.root / "data/test.json", world.root / "data/images", max_new_tokens=4)
     assert result.num_questions > 8
     assert AutoProcessor.from_pretrained(exported, trust_remote_code=True).image_processor.image_aspect_ratio == "pad"
+
+
+def test_an_export_is_a_base(world, stage2, exported, tmp_path):
+    state = build(stage2, initialize_distributed())
+    restore_checkpoint(find_checkpoint(stage2.run_dir), state.run, state.stages, state.optimizer, state.groups)
+    expected = train_step(state, state.source[0], 0.0).loss
+    shutdown_distributed()
+    started = {"init__base": exported, "init__projector": "base", "train__max_steps": 1}
+    config = world.config("demo-stage2", tmp_path / "run", **started)
+    train(config)
+    (first,) = (json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(expected, rel=1e-6)
+    export(find_checkpoint(config.run_dir), tmp_path / "again")
+    for folder in (exported, tmp_path / "again"):
+        hf = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        assert (hf.config.vocab_size, hf.config.num_image_rows, hf.lm_head.out_features) == (385, 1, 385)
+        assert torch.all(hf.lm_head.weight[384] == 0) and torch.all(hf.model.embed_tokens.weight[384] == 1)
+
+
+def test_stage_1_on_an_export_keeps_its_image_row(world, exported, tmp_path):
+    config = world.config("demo-stage1", tmp_path / "run", init__base=exported, train__max_steps=1)
+    train(config)
+    export(find_checkpoint(config.run_dir), tmp_path / "out")
+    before, after = (
+        dict(read_safetensors(folder, lambda name: "embed_tokens" in name)) for folder in (exported, tmp_path / "out")
+    )
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert (load_config(tmp_path / "out").vocab_size, load_config(tmp_path / "out").num_image_rows) == (385, 1)
+
+
+def change_info(checkpoint, info):
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "info.json").write_text(json.dumps(info))
+    write_manifest(checkpoint, own_digests(checkpoint, 0))
+
+
+def test_settings_of_an_older_version_are_read_or_told(stage2, tmp_path):
+    checkpoint = copytree(find_checkpoint(stage2.run_dir), tmp_path / "step-00000006")
+    info = json.loads((checkpoint / "info.json").read_text())
+    info["config"]["checkpoint"]["resume"] = "previous"
+    change_info(checkpoint, info)
+    export(checkpoint, tmp_path / "out")
+    info["config"]["optim"]["lr"] = info["config"]["optim"].pop("learning_rate")
+    change_info(checkpoint, info)
+    with pytest.raises(ValueError, match=f"^{checkpoint}/info.json: .*unknown setting optim.lr; known") as told:
+        export(checkpoint, tmp_path / "other")
+    assert "\n" not in str(told.value)
 
 
 def test_an_existing_folder_is_not_overwritten(stage2, exported):

@@ -1,8 +1,11 @@
 """Which settings a run must keep when it is resumed. A new setting has to be entered in one of the two lists."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 
-from pipeline.checkpoint.run_info import describe_run
+from pipeline.checkpoint.run_info import check_run, describe_run
 
 FREE = {
     *("run_dir", "init.base", "data.shards", "init.projector"),  # their contents count, not where they lie
@@ -75,3 +78,15 @@ def test_a_setting_that_is_kept_is_compared(setting, fp8_config):
 def test_so_are_the_shards_and_the_number_of_steps(fp8_config):
     run = describe_run(fp8_config, ["shards"], 6)
     assert describe_run(fp8_config, ["others"], 6) != run != describe_run(fp8_config, ["shards"], 7)
+
+
+def test_a_checkpoint_from_before_a_setting_says_so(fp8_config):
+    run = describe_run(fp8_config, ["shards"], 6)
+    facts = asdict(run)
+    check_run(Path("step"), {"run": facts}, run)
+    optim = {name: value for name, value in facts["optim"].items() if name != "moments"}
+    old = {name: value for name, value in facts.items() if name != "special_tokens"} | {"optim": optim}
+    with pytest.raises(ValueError, match=r"^step: was written before special_tokens, optim.moments existed.*run_dir"):
+        check_run(Path("step"), {"run": old}, run)
+    with pytest.raises(ValueError, match=r"another run: seed was 8, is 7\. Use the same settings"):
+        check_run(Path("step"), {"run": old | {"seed": 8}}, run)
