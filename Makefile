@@ -109,7 +109,7 @@ submit: setup ## JOB=pretrain|finetune [CONFIG=x.yaml] [ADDRESS=http://head:8265
 
 STEP ?= 0
 RANKS ?= 1
-preview: setup ## CONFIG=x.yaml [STEP=n] [RANKS=n] [ARGS="--html page.html"]: what each rank would see at a step
+preview: setup ## CONFIG=x.yaml [STEP=n] [RANKS=n] [ARGS="--html runs/page.html"]: what each rank would see at a step
 	$(call need,CONFIG)
 	@$(PYTHON) -m pipeline.data.preview --config $(CONFIG) --step $(STEP) --ranks $(RANKS) $(ARGS)
 

@@ -141,8 +141,8 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
         log.say(line)
     if 0 < state.source.num_steps < FEW_STEPS:
         log.say(
-            f"only {state.source.num_steps} steps; with so few samples, lower train.global_batch_size or raise "
-            "train.num_epochs, or there is hardly any training"
+            f"steps: only {state.source.num_steps}, which is hardly any training; with so few samples, lower "
+            "train.global_batch_size or raise train.num_epochs, in another run_dir"
         )
     if state.step == state.source.num_steps:
         log.say("this run is finished; set another run_dir to train again")
