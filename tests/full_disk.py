@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,16 @@ def no_file_larger_than(num_bytes: int) -> Iterator[None]:
     """Lets this process, its threads and what it forks write no file beyond so many bytes; takes no privilege.
 
     Such a write fails as on a full disk, in Python, torch's zip writer and Rust alike, with EFBIG in ENOSPC's place.
+    Python 3.12 would cut what it keeps of a module that is imported meanwhile, and every later process read that.
     """
+    keeps_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = keeps_no_bytecode
         signal.signal(signal.SIGXFSZ, before)
 
 

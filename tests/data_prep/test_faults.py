@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ from common.files import locked, open_location, whole_file, write_whole
 from data_prep import runner
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
+from tests.full_disk import no_file_larger_than
 from tests.kills import (
     MOST_STARTS,
     check_ray,
@@ -131,15 +131,11 @@ def test_a_file_that_cannot_grow_is_named_and_its_predecessor_kept(tmp_path: Pat
     path = tmp_path / "a.tar"
     write_whole(path, b"old")
     store = open_location("memory://faults/a.tar")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
+    with no_file_larger_than(100_000):
         with pytest.raises(OSError, match="File too large") as here:
             write_whole(path, bytes(200_000))
         with pytest.raises(OSError, match="File too large") as there, whole_file(store) as file:
             file.write(bytes(200_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert here.value.filename == str(path) and there.value.filename == tempfile.gettempdir()
     assert contents(tmp_path) == {"a.tar": b"old"} and not store.exists()
 

@@ -1,7 +1,6 @@
 """Damage is loud, or healed: never a hang, a short epoch, or bytes that are not those of the shards."""
 
 import os
-import resource
 import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +17,7 @@ import pipeline.shards.tar_stream
 from pipeline.distributed import worker_context
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.tar_reader import DamagedShard
+from tests.full_disk import no_file_larger_than
 from tests.s3_server import Bucket
 from tests.shard_sets import write_shards
 
@@ -191,13 +191,9 @@ def test_other_shards_at_the_same_place(remote, expected, tmp_path):
 
 def test_a_full_disk(remote):
     shards = open_cached(remote)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(OSError, match="cannot be fetched into .*cache.*: File too large") as raised:
-            read_all(shards)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    too_large = pytest.raises(OSError, match="cannot be fetched into .*cache.*: File too large")
+    with no_file_larger_than(10_000), too_large as raised:
+        read_all(shards)
     assert raised.value.filename == str(remote / "shard-000000.tar")
     assert not list(remote.parent.rglob("*.part"))
 
