@@ -16,13 +16,14 @@ import typer
 from common.console import build_console, run
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
-from orchestration.demo import CONFIGS
-from orchestration.tiny_base import build_tiny_base, read_texts
+from orchestration.demo_steps import CONFIGS
+from orchestration.tiny_base import read_texts
+from orchestration.tiny_models import build_tiny_base
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import load_config
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.questions import Question, question_only_accuracy, read_questions
-from pipeline.export import export
+from pipeline.export_hf import export
 from pipeline.loop import train
 
 NUM_TRAIN_ROWS = 900

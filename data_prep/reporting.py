@@ -14,7 +14,6 @@ from common.console import build_progress
 from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
-from data_prep.runner import ray_session, run_tasks
 
 
 class TooManyRefused(ValueError):
@@ -93,6 +92,8 @@ def run_shown[Task, Result](
     address: str | None = None,
 ) -> Generator[Result]:
     """Yields what the function returns for each task on Ray, as they finish, showing rate and time left."""
+    from data_prep.runner import ray_session, run_tasks  # Ray takes a second: not before there is work
+
     num_done, started = 0, time.monotonic()
     with ray_session(address, workers) as in_flight, build_task_progress(console) as progress:
         bar = progress.add_task(work.verb, total=work.total, note="")

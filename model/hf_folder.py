@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from common.files import named_errors
-from common.json_files import read_json_object
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
@@ -240,18 +239,3 @@ def _write_processor(part: Path, processor: SaisaProcessor) -> None:
 
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def check_export(folder: Path) -> None:
-    """Makes sure that a folder is an export, before anything large is loaded.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{folder}: no config.json; --model takes a folder made by `make export`")
-    if (kind := read_json_object(config, "export it again").get("model_type")) != "saisa":
-        raise ValueError(f"{config}: model_type={kind!r} is not 'saisa'; --model takes a folder made by `make export`")
-    if ".mm_projector." not in (folder / "model.safetensors.index.json").read_text():
-        raise ValueError(f"{folder} is a base without projectors; train it, then talk to what `make export` makes")

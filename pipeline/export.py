@@ -3,58 +3,16 @@
     python -m pipeline.export --checkpoint runs/demo/stage2 --out exports/demo
 
 What the stage trained comes from the checkpoint, everything else from the run's base folder. A stage 1 checkpoint is
-exported with its one projector in every layer, so that it can be tried before stage 2.
+exported with its one projector in every layer, so that it can be tried before stage 2. `pipeline.export_hf` does it.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch import Tensor
 
 from common.console import run
-from model.hf_folder import write_hf_folder
-from model.hf_read import load_config, load_tokenizer
-from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
-from pipeline.checkpoint.checkpoint import load_trained_parameters
-from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info, stored_config
-from pipeline.data.templates import chat_template, end_of_answer
-from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.start import load_image_processor
-
-
-def export(checkpoint: Path, out: Path) -> None:
-    """Writes the model of a checkpoint to `out`.
-
-    Raises:
-        ValueError: the checkpoint or its base is not there, or `out` holds something already.
-    """
-    info = read_info(checkpoint)
-    config = stored_config(checkpoint, info)
-    base, template = config.init.base, config.data.template
-    check_base(checkpoint, info, base)
-    initialize_distributed()
-    trained = load_trained_parameters(checkpoint)
-    shutdown_distributed()
-    if config.phase == "pretrain":
-        trained = dict(spread_shared_projector(trained, config.model.num_layers))
-    tokenizer = load_tokenizer(base)
-    write_hf_folder(
-        out,
-        load_config(base),
-        merged(base, dict(to_hf(trained.items(), name_table(config.model)))),
-        tokenizer,
-        load_image_processor(base, config.data.image_aspect_ratio),
-        chat_template(template),
-        stop_token=None if template == "plain" else end_of_answer(template, tokenizer),
-    )
-
-
-def merged(base: Path, trained: dict[str, Tensor]) -> Iterator[Named]:
-    """Yields the trained tensors, then those of the base that were not trained."""
-    yield from trained.items()
-    yield from read_safetensors(base, lambda name: name not in trained)
+from pipeline.checkpoint.run_info import find_checkpoint
 
 
 def main(
@@ -63,6 +21,8 @@ def main(
 ) -> None:
     """Writes a training checkpoint as a self-contained Hugging Face folder."""
     found = find_checkpoint(checkpoint)
+    from pipeline.export_hf import export  # takes seconds: not before there is a checkpoint
+
     export(found, out)
     print(f"{found} -> {out}")
 

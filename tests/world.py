@@ -11,7 +11,8 @@ from PIL import Image
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
 from model.import_hf import compose_base
-from orchestration.tiny_base import PHRASES, build_tiny_clip, build_tiny_llm, read_texts, train_tokenizer
+from orchestration.tiny_base import read_texts
+from orchestration.tiny_models import PHRASES, build_tiny_clip, build_tiny_llm, train_tokenizer
 from pipeline.config import RunConfig, load_config
 from pipeline.data.templates import chat_template
 from pipeline.loop import train

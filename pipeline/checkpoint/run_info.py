@@ -4,7 +4,6 @@
 refuses and says what differs; how the model is divided, and over how many processes, is free.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from common.json_files import read_json_object
 from common.paths import within
 from pipeline.config import PROJECTOR_WORDS, RunConfig
 from pipeline.config_text import explain
-from pipeline.data.lengths import tokenizer_fingerprint
-
-MIB = 1 << 20
+from pipeline.fingerprints import base_fingerprint, tokenizer_fingerprint
 
 PRECISION = {"fp32": {"precision"}, "bf16": {"precision"}, "fp8": {"precision", "fp8_recipe", "bf16_edge_layers"}}
 
@@ -70,19 +67,6 @@ def describe_run(config: RunConfig, shard_fingerprints: list[str], num_steps: in
         optim=config.optim.model_dump(mode="json"),
         num_steps=num_steps,
     )
-
-
-def base_fingerprint(base: Path) -> str:
-    """Returns a digest of a base folder: its JSON files, and its weight files by size, first MiB and last MiB."""
-    digest = hashlib.sha256()
-    for file in sorted([*base.glob("*.json"), *base.glob("*.safetensors")]):
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            digest.update(stream.read(MIB))
-            stream.seek(max(MIB, size - MIB))
-            digest.update(stream.read(MIB))
-    return digest.hexdigest()
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:

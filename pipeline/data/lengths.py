@@ -27,12 +27,12 @@ from pipeline.data.probes import encoding_digest
 from pipeline.data.samples import Sample, build_sample
 from pipeline.data.templates import ConversationError, SpecialTokens, Tokenizer
 from pipeline.distributed import init_worker_signals, worker_context
+from pipeline.fingerprints import tokenizer_fingerprint
 from pipeline.shards.shard_set import ShardSet
 
 COLUMNS = ("num_text", "num_images", "num_targets", "num_dropped_targets", "num_truncated_tokens")
 DIGEST_BYTES = hashlib.sha256().digest_size
 SAMPLES_PER_PROCESS = 20_000  # fewer are encoded sooner than a process has imported what it needs
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class Encoding:
         behaviour = encoding_digest(self.template, load_tokenizer(self.tokenizer), *settings)
         facts = [COLUMNS, tokenizer_fingerprint(self.tokenizer), self.template, *settings, behaviour]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-    """Returns a digest of the tokenizer's files."""
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

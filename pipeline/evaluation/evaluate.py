@@ -9,24 +9,19 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from PIL import Image
-from rich.progress import BarColumn, TimeRemainingColumn
 from typer import Option
 
-from common.console import UsageError, build_console, build_progress, plain, run
+from common.console import UsageError, plain, run
 from common.files import open_location
-from common.images import load_image
-from data_prep.image_roots import ImageEntry, open_images, read_image, split_name
+from data_prep.image_roots import ImageEntry, open_images, split_name
 from data_prep.records import Refused, check_path
-from model.hf_folder import check_export
-from model.hf_read import load_export
-from pipeline.evaluation.questions import Answer, EvaluationResult, Question, question_only_accuracy, read_questions
+from model.export_check import check_export
+from pipeline.evaluation.questions import EvaluationResult, Question, question_only_accuracy, read_questions
 
 MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some that say yes in a sentence
 
@@ -59,76 +54,14 @@ def evaluate(
     """
     questions = read_questions(data, rows)
     check_export(model_dir)
-    entries = find_images(questions, images)  # before anything is loaded
-    processor, model = load_export(model_dir, trust_remote_code)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    limit = model.config.max_position_embeddings
-    fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
-    too_long = tuple(question for question, fit in zip(questions, fits, strict=True) if not fit)
-    if not any(fits):
-        raise ValueError(f"{data}: every question fills the {limit} positions of the model; none can be asked")
-    asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
+    entries = find_images(questions, images)
+    from pipeline.evaluation.answers import answer_questions  # takes seconds: not before all that is asked is there
+
+    answers, too_long = answer_questions(
+        model_dir, questions, entries, blind, batch_size, max_new_tokens, trust_remote_code
+    )
     found_as = {path: entry.found_as for path, entry in entries.items() if entry.found_as}
-    answers = answer_all(model, processor, asked, entries, blind, batch_size, max_new_tokens)
     return EvaluationResult(answers, too_long, found_as)
-
-
-@torch.inference_mode()
-def answer_all(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    images: Mapping[str, ImageEntry],
-    blind: bool,
-    batch_size: int,
-    max_new_tokens: int,
-) -> tuple[Answer, ...]:
-    """Returns an answer to each question, in their order; batches hold questions of like length, to pad little.
-
-    An answer ends with the model's positions at the latest.
-    """
-    answers: dict[int, Answer] = {}
-    ends, limit = _end_ids(model), model.config.max_position_embeddings
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].text)))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in _shown(batches):
-        asked = [questions[index] for index in batch]
-        prompts = [_prompt(question, processor) for question in asked]
-        pictures = [[_open(images[name], question) for name in question.images] for question in asked]
-        if blind:
-            pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
-        inputs = processor(
-            text=prompts,
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        rooms = (limit - inputs["attention_mask"].sum(1)).tolist()
-        for index, row, room in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), rooms, strict=True):
-            said = row[:room]
-            text = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
-            answers[index] = Answer(questions[index], text, is_cut=not ends & set(said))
-    return tuple(answers[index] for index in range(len(questions)))
-
-
-def _prompt(question: Question, processor: Any) -> str:
-    return processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
-
-
-def _end_ids(model: Any) -> set[int]:
-    """Returns the ids at which the model's answers end."""
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
-
-
-def _shown(batches: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Yields the batches, with a progress bar if somebody watches."""
-    console = build_console(stderr=True)
-    columns = ("{task.description}", BarColumn(), TimeRemainingColumn())
-    with build_progress(console, *columns, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(batches, description="asking")
 
 
 def write_result(result: EvaluationResult, out: Path, **more: Any) -> None:
@@ -192,21 +125,6 @@ def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, Im
 def _is_inside(file: str, root: Path) -> bool:
     """Whether a file lies in a folder when all links are followed: rows come from outside, and links may too."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
-
-
-def _open(entry: ImageEntry, question: Question) -> Image.Image:
-    try:
-        return load_image(read_image(entry))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{entry.file}: not a readable image ({error}), wanted by record {question.row_id!r}"
-        ) from None
-
-
-def _blank(image: Image.Image, processor: Any) -> Image.Image:
-    """Returns an image of the same size in the processor's mean colour, all of which it normalises to about zero."""
-    red, green, blue = (round(255 * value) for value in processor.image_processor.image_mean)
-    return Image.new("RGB", image.size, (red, green, blue))
 
 
 def main(

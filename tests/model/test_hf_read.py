@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.hf_folder import check_export
+from model.export_check import check_export
 from model.hf_read import (
     check_code,
     files_in_index,
@@ -27,7 +27,7 @@ from model.hf_read import (
 from model.hf_source import read_checkpoint, read_json
 from model.import_hf import compose_base
 from model.weights import read_safetensors
-from pipeline.evaluation.chat import load_chat
+from pipeline.evaluation.conversation import load_chat
 from pipeline.evaluation.evaluate import evaluate
 from tests.hf_compat.make_folder import make_export
 

@@ -414,7 +414,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "orchestration/test_ray_train.py::test_relative_paths_mean_the_root",
         ),
     ],
-    "orchestration/tiny_base.py": [
+    "orchestration/tiny_models.py": [
         ("torch.manual_seed(seed)\n        tower", "tower", "orchestration/test_tiny_base.py"),
     ],
     "orchestration/demo_report.py": [

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, Lla
 
 from data_prep.shapes import BACKGROUND, COLORS, caption, draw_questions, draw_scene, render
 from model.import_hf import compose_base
-from orchestration.tiny_base import PHRASES, build_tiny_clip, build_tiny_llm, train_tokenizer
+from orchestration.tiny_models import PHRASES, build_tiny_clip, build_tiny_llm, train_tokenizer
 from pipeline.data.templates import IGNORE_INDEX, encode_conversation
 
 SYSTEM = PHRASES[0]

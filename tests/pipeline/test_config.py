@@ -1,7 +1,5 @@
 """Configuration: shipped files, overrides, and messages that say the way out."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -135,18 +133,6 @@ def test_a_missing_section_a_missing_file_and_broken_yaml(tmp_path):
     path.write_text("a: [")
     with pytest.raises(UsageError, match="not valid YAML"):
         load_config(path, [])
-
-
-@pytest.mark.parametrize(
-    "module",
-    ["pipeline.config", "pipeline.train", "pipeline.import_hf", "pipeline.data.preview", "orchestration.ray_train"],
-)
-def test_a_configuration_is_read_without_a_framework(module):
-    """What a typo or `--print-config` waits for: torch, megatron-core and ray take 5 seconds and 800 MB."""
-    heavy = "{'torch', 'megatron', 'transformers', 'ray', 'numpy'}"
-    code = f"import sys, {module}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stderr == "", ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipeline.checkpoint.integrity import MANIFEST, own_digests, write_manifest
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.export import export
+from pipeline.export_hf import export
 from pipeline.loop import train
 from pipeline.state import build
 from pipeline.step import train_step

@@ -3,7 +3,7 @@
 import json
 
 from data_prep.plan import Settings
-from orchestration.tiny_base import build_tiny_base
+from orchestration.tiny_models import build_tiny_base
 from pipeline.config import load_config
 from pipeline.loop import train
 from pipeline.metrics import read_metrics

@@ -16,7 +16,7 @@ from pipeline.config import RunConfig
 from pipeline.data.batches import BatchSource
 from pipeline.data.lengths import LengthTable
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.export import export
+from pipeline.export_hf import export
 from pipeline.loop import train
 from pipeline.metrics import read_metrics
 from pipeline.state import TrainState, build

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from common.console import command
 from pipeline import import_hf
 from pipeline.evaluation import chat
+from pipeline.evaluation.conversation import load_chat
 from tests.hf_compat.make_folder import make_export
 from tests.hf_compat.tiny import save_llm, save_vision
 
@@ -44,7 +45,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_the_answer_is_what_generate_says(export: Path, images: list[Path]) -> None:
-    talk = chat.load_chat(export, images[0], "cpu", max_new_tokens=12)
+    talk = load_chat(export, chat.open_image(images[0]), "cpu", max_new_tokens=12)
     prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
     answer = talk.ask(QUESTION)
     shown = talk.processor.apply_chat_template(talk.messages[:1], add_generation_prompt=True)

@@ -14,6 +14,7 @@ from common.console import UsageError, command
 from model import hf_read
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
+from pipeline.evaluation import answers as answering
 from pipeline.evaluation import evaluate as module
 from pipeline.evaluation.evaluate import evaluate, find_images, parse_rows
 from pipeline.evaluation.questions import (
@@ -122,7 +123,7 @@ class Speaks:
     @classmethod
     def from_pretrained(cls, folder: Path, **_: Any) -> Any:
         model = SaisaForConditionalGeneration.from_pretrained(folder)
-        (end,) = module._end_ids(model)
+        (end,) = answering._end_ids(model)
 
         def generate(input_ids, max_new_tokens, **_: Any) -> torch.Tensor:
             said = torch.tensor([[5, 6, 7, end, 5, 5]]).expand(len(input_ids), -1)
@@ -144,7 +145,7 @@ def test_a_question_that_fills_the_models_positions_is_not_asked_but_counted(wor
     assert "of 1 questions" in shown.output and "1 answers were cut" in shown.output
     assert "1 questions fill the model's positions and were not asked; first record 'row-0.png'" in shown.output
     (tmp_path / "test.json").write_text(json.dumps(rows[1:]))
-    with pytest.raises(ValueError, match="test.json: every question fills the .* positions of the model"):
+    with pytest.raises(ValueError, match="model: every question fills the .* positions of the model"):
         evaluate(world / "model", tmp_path / "test.json", world)
 
 
@@ -154,7 +155,7 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
     limit = SaisaForConditionalGeneration.from_pretrained(world / "model").config.max_position_embeddings
 
     def room(num_words: int) -> int:
-        return limit - len(processor.tokenize(module._prompt(ask("a " * num_words + "a", ""), processor)))
+        return limit - len(processor.tokenize(answering._prompt(ask("a " * num_words + "a", ""), processor)))
 
     long = next(num_words for num_words in range(limit) if room(num_words) <= 3)
     rows = [row(None, "a " * long + "a", "x"), row(None, "Say something.", "no")]
@@ -168,7 +169,7 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
 def test_a_blank_picture_is_all_zeros_to_the_encoder(world: Path) -> None:
     processor = SaisaProcessor.from_pretrained(world / "model")
     with Image.open(world / "0.png") as picture:
-        pixels = processor.image_processor(module._blank(picture, processor), return_tensors="pt").pixel_values
+        pixels = processor.image_processor(answering._blank(picture, processor), return_tensors="pt").pixel_values
     assert pixels.abs().max() < 0.01, "half of 1/255, divided by a standard deviation of 0.26"
 
 

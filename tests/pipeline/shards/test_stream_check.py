@@ -5,8 +5,8 @@ from shutil import copytree
 
 import pytest
 
+from pipeline.shards.compare import by_webdataset, check, compare
 from pipeline.shards.shard_set import ShardSet
-from pipeline.shards.stream_check import by_webdataset, check, compare
 from tests.s3_server import Bucket
 from tests.shard_sets import NUM_SAMPLES
 

@@ -1,0 +1,20 @@
+"""Tells an export from other folders, without a framework: what a wrong --model waits for."""
+
+from pathlib import Path
+
+from common.json_files import read_json_object
+
+
+def check_export(folder: Path) -> None:
+    """Makes sure that a folder is an export, before anything large is loaded.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder}: no config.json; --model takes a folder made by `make export`")
+    if (kind := read_json_object(config, "export it again").get("model_type")) != "saisa":
+        raise ValueError(f"{config}: model_type={kind!r} is not 'saisa'; --model takes a folder made by `make export`")
+    if ".mm_projector." not in (folder / "model.safetensors.index.json").read_text():
+        raise ValueError(f"{folder} is a base without projectors; train it, then talk to what `make export` makes")

@@ -1,0 +1,70 @@
+"""The commands of the Makefile answer `--help`, a wrong option and a missing file before they import a framework."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGE1 = "--config configs/demo-stage1.yaml"
+MISTAKES = {
+    "orchestration.demo": ("--out README.md", "README.md"),
+    "orchestration.ray_train": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
+    "orchestration.submit_check": ("--none", "No such option"),
+    "orchestration.tiny_base": ("--data none.json --out none", "none.json: No such file"),
+    "data_prep.shards": ("--data none.json --images tests --out none", "none.json: No such file"),
+    "data_prep.verify": ("none", "none: no shards here"),
+    "data_prep.report": ("none", "none: no shards here"),
+    "pipeline.data.preview": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
+    "pipeline.evaluation.chat": ("--model none", "none: no config.json"),
+    "pipeline.evaluation.evaluate": ("--model none --data none.json --images .", "none.json: no such file"),
+    "pipeline.export": ("--checkpoint none --out none", "none: no checkpoint here"),
+    "pipeline.import_hf": ("--llm none --vision none --out none --template v2", "--template 'v2' must be one of"),
+    "pipeline.shards.stream_check": ("none", "none: no shards here"),
+    "pipeline.train": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
+}
+"""Of each command, a mistake that people make and what is said of it."""
+SAY = """
+import contextlib, io, json, runpy, sys
+for module, arguments in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    sys.argv = [module, *arguments.split()]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    heavy = sorted({"torch", "transformers", "megatron", "ray", "streaming", "webdataset"} & set(sys.modules))
+    print(json.dumps([status, " ".join(said.getvalue().split()), heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[tuple[str, str], tuple[int, str, list[str]]]:
+    """What each command says to each line of arguments: its status, its words, the frameworks imported so far."""
+    lines = [(module, line) for module, (mistake, _) in MISTAKES.items() for line in ("--help", "--none", mistake)]
+    command = [sys.executable, "-W", "ignore", "-c", SAY, json.dumps(lines)]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    return {line: tuple(answer) for line, answer in zip(lines, answers, strict=True)}
+
+
+def test_every_command_of_the_makefile_is_here():
+    started = re.findall(r"-m ((?:data_prep|pipeline|orchestration)[\w.]+)", (REPOSITORY / "Makefile").read_text())
+    assert set(started) == set(MISTAKES)
+
+
+@pytest.mark.parametrize("module", MISTAKES)
+def test_a_command_answers_before_it_imports_a_framework(said, module):
+    """Torch, transformers, megatron-core and ray take 5 to 20 seconds, and 800 MB."""
+    mistake, expected = MISTAKES[module]
+    (helped, usage, _), (refused, option, _), (failed, told, heavy) = (
+        said[module, line] for line in ("--help", "--none", mistake)
+    )
+    assert heavy == []
+    assert (helped, refused) == (0, 2) and failed in (1, 2)
+    assert "Usage: " in usage and "No such option: --none" in option
+    assert expected in told and "Traceback" not in told
