@@ -7,6 +7,7 @@ whole or not at all.
 
 import errno
 import fcntl
+import io
 import os
 import tempfile
 import uuid
@@ -135,9 +136,9 @@ def read_whole(path: Location) -> bytes:
 
 @contextmanager
 def open_file(path: Location) -> Iterator[BinaryIO]:
-    """Yields a file to read from."""
+    """Yields a file whose reads are short at its end alone; some web servers' are short where a packet ends."""
     with named_errors(path), path.open("rb") as file:
-        yield file  # type: ignore
+        yield file if isinstance(path, Path) else io.BufferedReader(file)  # type: ignore
 
 
 def remove(path: Location) -> None:

@@ -24,7 +24,7 @@ from common.files import Location, read_whole
 from data_prep.shard_names import check_shard_names
 
 FORMAT = "saisa-tar"
-AGAIN = "run the same `make shards` again: it keeps every shard that verifies"
+AGAIN = "run the same `make shards` again"
 DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
 UNSEALED = "its bytes differ from its own SHA-256"
 OWN_DIGEST = "own_sha256"
@@ -33,6 +33,10 @@ END_BYTES = len(b'"\n}\n')  # what follows the digest of a file in itself
 
 type Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 type Count = Annotated[int, Field(ge=0)]
+
+
+class Damage(Exception):
+    """A file that is not as it was written; the text says in what way."""
 
 
 class Entry(BaseModel):
@@ -228,7 +232,7 @@ def read_listing(folder: Location, name: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         if not any((folder / begun).exists() for begun in ("plan.json", "manifest.json")):
             raise ValueError(f"{folder}: no shards here; name what `make shards` wrote") from None
-        raise ValueError(f"{folder} is not finished, it has no {name}; run the same `make shards` again") from None
+        raise ValueError(f"{folder} is not finished, it has no {name}; {AGAIN}") from None
 
 
 def _parse[Listing: Entry](kind: type[Listing], file: Location, data: bytes) -> Listing:

@@ -26,7 +26,7 @@ from data_prep.listings import (
 )
 from data_prep.plan import Scan, differences
 from data_prep.records import Reject, json_bytes
-from data_prep.shard_task import ShardSummary
+from data_prep.sidecars import ShardSummary
 
 STATUS_FILES = ("plan.json", "rejects.jsonl", "index.json", "manifest.json", ".lock")
 

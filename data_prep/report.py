@@ -25,9 +25,10 @@ from common.console import UsageError, build_console, run
 from common.files import Location, open_file, open_location, write_whole
 from common.pages import render_page
 from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
-from data_prep.report_shard import Card, ReportTask, read_shard
+from data_prep.report_shard import Card, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
 from data_prep.reporting import Work, run_shown
+from data_prep.sidecars import ReadTask
 
 HISTOGRAMS: tuple[tuple[str, str, str, float], ...] = (
     ("answer_words", "Answers", "words in a gpt turn", 1),
@@ -89,7 +90,7 @@ def write_report(
     )
 
 
-def build_tasks(folder: Location, shards: Sequence[ShardEntry], num_samples: int, seed: int) -> list[ReportTask]:
+def build_tasks(folder: Location, shards: Sequence[ShardEntry], num_samples: int, seed: int) -> list[ReadTask]:
     """Returns a task for each shard; the samples to show are drawn from all samples alike."""
     ends = list(accumulate(shard.num_samples for shard in shards))
     total = ends[-1]
@@ -97,11 +98,11 @@ def build_tasks(folder: Location, shards: Sequence[ShardEntry], num_samples: int
     for number in random.Random(seed).sample(range(total), min(num_samples, total)):
         shard = bisect_right(ends, number)
         chosen.setdefault(shard, []).append(number - ends[shard] + shards[shard].num_samples)
-    return [ReportTask(folder, shard, tuple(chosen.get(number, ()))) for number, shard in enumerate(shards)]
+    return [ReadTask(folder, shard, tuple(chosen.get(number, ()))) for number, shard in enumerate(shards)]
 
 
 def read_shards(
-    tasks: Sequence[ReportTask], num_samples: int, console: Console, workers: int | None
+    tasks: Sequence[ReadTask], num_samples: int, console: Console, workers: int | None
 ) -> tuple[Stats, list[Card]]:
     """Returns the statistics of all shards and the samples to show in the order of their keys, showing progress."""
     stats, cards = {}, []

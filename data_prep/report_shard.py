@@ -4,40 +4,25 @@ A pure function of its task. Images are skipped, not read, but for those to show
 record to record; one in a store through fsspec's buffer, in pieces of megabytes, and not by a request for each sample.
 """
 
-import hashlib
 import io
 import tarfile
 import zlib
 from base64 import b64encode
-from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 from PIL import Image
 
-from common.files import Location, open_file, read_whole
+from common.files import open_file, read_whole
 from common.images import load_image
 from common.json_files import parse_json
 from data_prep.image_check import LOSSY
-from data_prep.listings import ShardEntry
+from data_prep.listings import AGAIN, Damage
 from data_prep.report_stats import Stats, count, measure
+from data_prep.sidecars import ReadTask, parse_sidecar
 from data_prep.tar_writer import BLOCK_BYTES
 
-AGAIN = "delete it and run the same `make shards` again"
 THUMBNAIL_PIXELS = 256
 MAX_THUMBNAILS = 4  # of a sample
-
-
-@dataclass(frozen=True)
-class ReportTask:
-    """One shard to read, and the numbers of those of its samples that are to be shown."""
-
-    folder: Location
-    shard: ShardEntry
-    chosen: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        """What an error calls this task."""
-        return self.shard.tar
 
 
 class Card(NamedTuple):
@@ -57,14 +42,18 @@ class ShardReport(NamedTuple):
     cards: list[Card]
 
 
-def read_shard(task: ReportTask) -> ShardReport:
+def read_shard(task: ReadTask) -> ShardReport:
     """Returns the statistics of a shard and its chosen samples.
 
     Raises:
         ValueError: The tar is not what its sidecar says.
         OSError: A file cannot be read.
     """
-    tar, samples, stats, cards = task.shard.tar, read_sidecar(task), {}, []
+    tar, stats, cards = task.shard.tar, {}, []
+    try:
+        samples, _ = parse_sidecar(read_whole(task.folder / task.shard.sidecar), task.shard)
+    except Damage as damage:
+        raise ValueError(f"{task.shard.sidecar}: {damage}; delete it and {AGAIN}") from None
     with open_file(task.folder / tar) as file:
         for number, (key, offset, size, checksum) in enumerate(samples):
             file.seek(offset)
@@ -72,33 +61,13 @@ def read_shard(task: ReportTask) -> ShardReport:
             try:
                 count(stats, measure(record, size))
             except (KeyError, TypeError, AttributeError, ArithmeticError):
-                raise ValueError(f"{tar}: the record of sample {key} is damaged; {AGAIN}") from None
+                raise ValueError(f"{tar}: the record of sample {key} is damaged; delete it and {AGAIN}") from None
             if number in task.chosen:
                 file.seek(offset)
                 if zlib.crc32(blocks := file.read(size)) != checksum:
-                    raise ValueError(f"{tar}: sample {key} is damaged (checksum); {AGAIN}")
+                    raise ValueError(f"{tar}: sample {key} is damaged (checksum); delete it and {AGAIN}")
                 cards.append(Card(key, size, record, read_thumbnails(blocks, key, record["images"])))
     return ShardReport(len(samples), stats, cards)
-
-
-def read_sidecar(task: ReportTask) -> list[tuple[str, int, int, int]]:
-    """Returns (key, offset, size, checksum) of each sample.
-
-    Raises:
-        ValueError: The sidecar is damaged, or not the one that belongs here.
-    """
-    try:
-        data = read_whole(task.folder / task.shard.sidecar)
-        if task.shard.sidecar_sha256 not in (None, hashlib.sha256(data).hexdigest()):
-            raise ValueError("another SHA-256")
-        sidecar = parse_json(data)
-        samples = list(zip(*(sidecar[name] for name in ("keys", "offsets", "sizes", "checksums")), strict=True))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{task.shard.sidecar} is not the sidecar of {task.shard.tar}; {AGAIN}") from None
-    if len(samples) != task.shard.num_samples:
-        told = f"lists {len(samples)} samples, manifest.json {task.shard.num_samples}"
-        raise ValueError(f"{task.shard.sidecar} {told}; {AGAIN}")
-    return samples
 
 
 def read_record(file: IO[bytes], key: str, tar: str) -> dict:
@@ -113,7 +82,7 @@ def read_record(file: IO[bytes], key: str, tar: str) -> dict:
             raise ValueError(f"found {header.name} in its place")
         return parse_json(file.read(header.size))
     except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{tar}: the record of sample {key} cannot be read ({error}); {AGAIN}") from None
+        raise ValueError(f"{tar}: the record of sample {key} cannot be read ({error}); delete it and {AGAIN}") from None
 
 
 def read_thumbnails(blocks: bytes, key: str, images: list[dict]) -> list[str | None]:

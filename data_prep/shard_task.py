@@ -1,8 +1,6 @@
 """Writes one shard: a pure function of its task, so it may run anywhere, and twice.
 
-Beside shard-000000.tar stands its sidecar shard-000000.json, written after it. The sidecar is the receipt by which a
-later run accepts the tar, and the index by which readers find a sample: sample i is `keys[i]`, the bytes
-`[offsets[i], offsets[i] + sizes[i])`, with CRC-32 `checksums[i]`.
+Its sidecar is written after it: a later run accepts a tar whose bytes give exactly the sidecar that is there.
 """
 
 import hashlib
@@ -13,14 +11,14 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import BinaryIO, NamedTuple
 
 from common.files import Location, open_file, read_whole, whole_file, write_whole
 from data_prep.image_check import check_image, shrink_image
 from data_prep.image_roots import ImageEntry, read_image
 from data_prep.plan import Settings
-from data_prep.records import Refused, Reject, build_record, json_bytes, refuse
+from data_prep.records import Refused, build_record, refuse
+from data_prep.sidecars import SampleSlot, ShardSummary, build_sidecar, read_summary
 from data_prep.tar_writer import BLOCK_BYTES, END_OF_ARCHIVE, tar_sample
 
 READS_AHEAD = 16  # images of a shard on their way from a store at a time
@@ -57,23 +55,8 @@ class ShardTask:
 
     @property
     def sidecar(self) -> Location:
-        """Its receipt and index."""
+        """What tells where its samples lie."""
         return self.folder / f"{self.name}.json"
-
-
-class ShardSummary(NamedTuple):
-    """What the driver keeps of a shard."""
-
-    name: str
-    num_samples: int
-    num_images: int
-    tar_bytes: int
-    tar_sha256: str
-    sidecar_bytes: int
-    sidecar_sha256: str
-    rejects: tuple[Reject, ...]
-    is_new: bool
-    formats: tuple[tuple[str, int], ...] = ()
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
@@ -83,9 +66,9 @@ def write_shard(task: ShardTask) -> ShardSummary:
         ValueError: An image is no longer what it was when the run, or the run that this one continues, began.
         OSError: A file cannot be read or written.
     """
-    receipt, formats = _verified_receipt(task)
-    if receipt and not task.recheck:
-        return _summary(task, receipt, is_new=False, formats=formats)
+    verified, formats = _verified_sidecar(task)
+    if verified and not task.recheck:
+        return _summary(task, verified, is_new=False, formats=formats)
     samples, rejects, sha256, num_waiting, formats = [], [], hashlib.sha256(), 0, Counter()
     with whole_file(task.tar) as file:
         for row, images in read_ahead(task.rows):
@@ -101,12 +84,12 @@ def write_shard(task: ShardTask) -> ShardSummary:
                 _begin_writeback(file, num_waiting)
                 num_waiting = 0
             sha256.update(blocks)
-            samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
+            samples.append(SampleSlot(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
             formats.update(_formats(blocks))
         file.write(END_OF_ARCHIVE)
         sha256.update(END_OF_ARCHIVE)
         sidecar = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), rejects)
-        if receipt and receipt != sidecar:
+        if verified and verified != sidecar:
             raise ValueError(f"images behind {task.tar} are not what they were; use another --out or delete this one")
     write_whole(task.sidecar, sidecar)
     return _summary(task, sidecar, is_new=True, formats=formats)
@@ -154,60 +137,32 @@ def _begin_writeback(file: BinaryIO, num_bytes: int) -> None:
     os.posix_fadvise(file.fileno(), file.tell() - num_bytes, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
-class _Sample(NamedTuple):
-    key: str
-    num_bytes: int
-    checksum: int
-    num_images: int
-
-
-def build_sidecar(tar: str, num_planned: int, samples: list[_Sample], sha256: str, rejects: list[dict]) -> bytes:
-    """Returns the sidecar of a tar that holds these samples and has this hash."""
-    *offsets, end = accumulate((sample.num_bytes for sample in samples), initial=0)
-    fields = {
-        "version": 1,
-        "tar": tar,
-        "bytes": end + len(END_OF_ARCHIVE),
-        "sha256": sha256,
-        "checksum": "crc32",
-        "num_planned": num_planned,
-        "num_samples": len(samples),
-        "keys": [sample.key for sample in samples],
-        "offsets": offsets,
-        "sizes": [sample.num_bytes for sample in samples],
-        "checksums": [sample.checksum for sample in samples],
-        "num_images": [sample.num_images for sample in samples],
-        "rejects": rejects,
-    }
-    return json_bytes(fields)
-
-
 def _formats(blocks: bytes) -> list[str]:
     """Returns the format of each image of a sample, by its record, which comes first in its tar blocks."""
     num_bytes = int(blocks[124:135], 8)
     return [image["format"] for image in json.loads(blocks[BLOCK_BYTES : BLOCK_BYTES + num_bytes])["images"]]
 
 
-def _verified_receipt(task: ShardTask) -> tuple[bytes | None, Counter]:
+def _verified_sidecar(task: ShardTask) -> tuple[bytes | None, Counter]:
     """Returns the sidecar of a shard and the formats of its images.
 
     None where the sidecar is not what one derives from the shard's rows and the tar on the disk.
     """
     samples, sha256, formats = [], hashlib.sha256(), Counter()
     try:
-        receipt = read_whole(task.sidecar)
-        fields = json.loads(receipt)
+        sidecar = read_whole(task.sidecar)
+        fields = json.loads(sidecar)
         refused = {reject["index"] for reject in fields["rejects"]}
         kept = [row for row in task.rows if row.index not in refused]
         with open_file(task.tar) as file:
             for row, size in zip(kept, fields["sizes"], strict=True):
                 blocks = file.read(size)
                 sha256.update(blocks)
-                samples.append(_Sample(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
+                samples.append(SampleSlot(row.key, len(blocks), zlib.crc32(blocks), len(row.images)))
                 formats.update(_formats(blocks))
             sha256.update(file.read())
         derived = build_sidecar(task.tar.name, len(task.rows), samples, sha256.hexdigest(), fields["rejects"])
-        return receipt if derived == receipt else None, formats
+        return sidecar if derived == sidecar else None, formats
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None, formats
 
@@ -216,11 +171,3 @@ def _summary(task: ShardTask, sidecar: bytes, is_new: bool, formats: Counter) ->
     summary = read_summary(task.name, sidecar, is_new)._replace(formats=tuple(sorted(formats.items())))
     assert len(task.rows) == summary.num_samples + len(summary.rejects), f"{task.name} lost a row"
     return summary
-
-
-def read_summary(name: str, sidecar: bytes, is_new: bool) -> ShardSummary:
-    """Returns the summary of a shard from its sidecar."""
-    fields, sha256 = json.loads(sidecar), hashlib.sha256(sidecar).hexdigest()
-    rejects = tuple(Reject(**reject) for reject in fields["rejects"])
-    counts = (fields["num_samples"], sum(fields["num_images"]), fields["bytes"], fields["sha256"])
-    return ShardSummary(name, *counts, len(sidecar), sha256, rejects, is_new)

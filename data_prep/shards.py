@@ -30,7 +30,8 @@ from data_prep import output
 from data_prep.plan import Plan, Settings, build_plan, identity, sample_key, shard_name
 from data_prep.records import check_row
 from data_prep.reporting import RejectLog, Work, notes_text, plan_text, run_shown, summary_text
-from data_prep.shard_task import PlannedRow, ShardSummary, ShardTask, write_shard
+from data_prep.shard_task import PlannedRow, ShardTask, write_shard
+from data_prep.sidecars import ShardSummary
 from data_prep.source import Source, open_source
 from data_prep.special_tokens import read_special_tokens
 

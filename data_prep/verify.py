@@ -11,22 +11,22 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from common.console import UsageError, build_console, run
 from common.files import Location, file_sizes, open_location, read_whole
 from data_prep import listings
-from data_prep.listings import DIFFERS, UNSEALED, Listings, Manifest, inspect_listings
-from data_prep.output import build_index, build_manifest, reject_line
+from data_prep.listings import AGAIN, DIFFERS, UNSEALED, Damage, Listings, Manifest, inspect_listings
+from data_prep.output import build_index, build_manifest
 from data_prep.reporting import Work, run_shown
-from data_prep.shard_task import ShardSummary
-from data_prep.verify_shard import MISSING, Problem, Verdict, VerifyTask, shorten, verify_shard
+from data_prep.sidecars import ReadTask, ShardSummary
+from data_prep.verify_shard import MISSING, Problem, Verdict, naming_damage, shorten, verify_shard
 
-AGAIN = "run the same `make shards` again"
 OLD = "is of a version that has no checksums of itself and the other listings, so damage in these would not show"
 
 
@@ -47,51 +47,61 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
     Raises:
         ValueError: Something is not, or the directory is not finished.
     """
-    console, folder = build_console(stderr=True), open_location(out)
+    console, folder, found = build_console(stderr=True), open_location(out), []
     listed, damage = inspect_listings(folder)
+    manifest, num_shards = listed.manifest, len(listed.manifest.shards)
     present = {} if str(folder).startswith("http") else file_sizes(folder)  # web servers list nothing, or refuse to
-    found = [*check_listings(folder, listed.manifest, damage), *unlisted(present, listed.manifest)]
-    show(found, console)
-    verdicts = read_shards(build_tasks(folder, listed), present, console, workers, address)
-    summaries = sorted(verdict.summary for verdict in verdicts if verdict.summary)
-    is_whole = len(summaries) == len(verdicts) and listed.manifest.version > 1  # else a repair writes these anew
-    compared = compare(listed, summaries) if is_whole else []
-    compared = shorten([*compared, *check_rejects(folder, listed.manifest, summaries)])
-    show(compared, console)
-    found += [*compared, *(problem for verdict in verdicts for problem in verdict.problems)]
+    work = Work("read ", sum(it.bytes for it in manifest.shards), num_shards, attrgetter("num_bytes"), "MB/s", 1e6)
+    with closing(run_shown(verify_shard, build_tasks(folder, listed), work, console, workers, address)) as verdicts:
+        others = [*check_listings(folder, manifest, damage), *unlisted(present, manifest)]
+        for problem in chain(others, check_shards(listed, verdicts)):
+            if problem.what.startswith(MISSING) and problem.file in present:
+                raise ValueError(f"a worker does not see {problem.file}; every machine must see {folder}")
+            console.print(str(problem))
+            found.append(problem)
     if found:
-        count, num_bad = sum(problem.count for problem in found), sum(bool(verdict.problems) for verdict in verdicts)
+        count, stems = sum(problem.count for problem in found), {Path(problem.file).stem for problem in found}
+        num_damaged = sum(Path(shard.tar).stem in stems for shard in manifest.shards)
         raise ValueError(
-            f"{folder}: {count:,} problem{'s' * (count > 1)}, {num_bad:,} of {len(verdicts):,} shards damaged; "
+            f"{folder}: {count:,} problem{'s' * (count > 1)}, {num_damaged:,} of {num_shards:,} shards damaged; "
             f"delete the files named above and {AGAIN}: it writes these alone"
         )
-    text = f"{listed.manifest.num_samples:,} samples in {len(verdicts):,} shards, every byte as it was written"
-    console.print(text)
-    return listed.manifest.model_dump(exclude_unset=True)
+    console.print(f"{manifest.num_samples:,} samples in {num_shards:,} shards, every byte as it was written")
+    return manifest.model_dump(exclude_unset=True)
 
 
 def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str]) -> Iterator[Problem]:
-    """Yields what is wrong with listings that can be read: `damage`, an old version, a plan.json that is another."""
+    """Yields what is wrong with the files beside the shards; `damage` names those already known to be damaged."""
     yield from (Problem(name, what) for name, what in damage.items())
     if manifest.version == 1:
         yield Problem("manifest.json", OLD)
-    try:
-        data = read_whole(folder / "plan.json")
-    except FileNotFoundError:
-        yield Problem("plan.json", MISSING)
-        return
+    for name, check in {"plan.json": check_plan, "rejects.jsonl": check_rejects}.items():
+        try:
+            with naming_damage(folder):
+                data = read_whole(folder / name)
+            check(data, manifest)
+        except Damage as found:
+            yield Problem(name, str(found))
+
+
+def check_plan(data: bytes, manifest: Manifest) -> None:
+    """Raises `Damage` where plan.json is not as it was written, or that of other shards."""
     if manifest.version > 1 and not listings.is_sealed(data):
-        yield Problem("plan.json", UNSEALED)
-    elif manifest.identity_sha256 is not None and _identity_digest(data) != manifest.identity_sha256:
-        yield Problem("plan.json", "is not that of these shards")
-
-
-def _identity_digest(plan: bytes) -> str | None:
-    """Returns the digest of what a plan is of; None if it does not say."""
+        raise Damage(UNSEALED)
     try:
-        return listings.identity_digest(json.loads(plan)["identity"])
+        digest = listings.identity_digest(json.loads(data)["identity"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+        digest = ""  # it does not say
+    if manifest.identity_sha256 not in (None, digest):
+        raise Damage("is not that of these shards")
+
+
+def check_rejects(data: bytes, manifest: Manifest) -> None:
+    """Raises `Damage` where rejects.jsonl is not as it was written, or the manifest counts other rows."""
+    if listings.file_digest(data) != manifest.rejects:
+        raise Damage(DIFFERS)
+    if (num_rows := data.count(b"\n")) != manifest.num_rejected:
+        raise Damage(f"holds {num_rows:,} rows, manifest.json counts {manifest.num_rejected:,}")
 
 
 def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:
@@ -104,26 +114,22 @@ def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:
             yield Problem(name, "does not belong here, manifest.json does not list it")
 
 
-def build_tasks(folder: Location, listed: Listings) -> list[VerifyTask]:
-    """Returns the task of each shard; version 1 has the checksums of sidecars in index.json alone."""
+def build_tasks(folder: Location, listed: Listings) -> Iterator[ReadTask]:
+    """Yields the task of each shard; version 1 has the checksums of sidecars in index.json alone."""
     told = {shard.raw_data.basename: shard.raw_meta.hashes["sha256"] for shard in listed.index.shards}
-    return [VerifyTask(folder, it, it.sidecar_sha256 or told.get(it.tar)) for it in listed.manifest.shards]
+    for shard in listed.manifest.shards:
+        digest = shard.sidecar_sha256 or told.get(shard.tar)
+        yield ReadTask(folder, shard.model_copy(update={"sidecar_sha256": digest}))
 
 
-def read_shards(
-    tasks: list[VerifyTask], present: Iterable[str], console: Console, workers: int | None, address: str | None
-) -> list[Verdict]:
-    """Returns what was found in each shard, after showing it, as shards are read."""
-    verdicts, total = [], sum(task.shard.bytes for task in tasks)
-    work = Work("read ", total, len(tasks), lambda verdict: verdict.num_bytes, "MB/s", 1e6)
-    with closing(run_shown(verify_shard, tasks, work, console, workers, address)) as found:
-        for verdict in found:
-            for problem in verdict.problems:
-                if problem.what.startswith(MISSING) and problem.file in present:
-                    raise ValueError(f"a worker does not see {problem.file}; every machine must see {tasks[0].folder}")
-            show(verdict.problems, console)
-            verdicts.append(verdict)
-    return verdicts
+def check_shards(listed: Listings, verdicts: Iterable[Verdict]) -> Iterator[Problem]:
+    """Yields what was found in shards, as they are read, and then what the listings say of them that is not so."""
+    summaries = []
+    for verdict in verdicts:
+        yield from verdict.problems
+        summaries += [verdict.summary] if verdict.summary else []
+    if len(summaries) == len(listed.manifest.shards) and listed.manifest.version > 1:  # else a repair writes them anew
+        yield from shorten([*compare(listed, sorted(summaries))])
 
 
 def compare(listed: Listings, summaries: list[ShardSummary]) -> Iterator[Problem]:
@@ -148,33 +154,6 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             inner = {shard.get("tar") or shard["raw_data"]["basename"]: shard for shard in inner}
         inside = f"{name} {key}".strip()
         yield from _leaves(inner, inside) if isinstance(inner, dict) else [(inside, inner)]
-
-
-def check_rejects(folder: Location, manifest: Manifest, summaries: Iterable[ShardSummary]) -> Iterator[Problem]:
-    """Yields that rejects.jsonl is not as it was written, or what it and the sidecars say differently."""
-    try:
-        data = read_whole(folder / "rejects.jsonl")
-    except FileNotFoundError:
-        yield Problem("rejects.jsonl", MISSING)
-        return
-    if listings.file_digest(data) != manifest.rejects:
-        yield Problem("rejects.jsonl", DIFFERS)
-        return
-    lines = data.splitlines(keepends=True)
-    if len(lines) != manifest.num_rejected:
-        yield Problem("rejects.jsonl", f"holds {len(lines):,} rows, manifest.json counts {manifest.num_rejected:,}")
-    known = {*lines}
-    for summary in summaries:
-        for reject in summary.rejects:
-            if reject_line(reject, manifest.sources.data.name) not in known:
-                what = f"does not agree with {summary.name}.json on record {reject.id} (index {reject.index})"
-                yield Problem("rejects.jsonl", what)
-
-
-def show(problems: Iterable[Problem], console: Console) -> None:
-    """Prints a line for each problem."""
-    for problem in problems:
-        console.print(str(problem))
 
 
 if __name__ == "__main__":

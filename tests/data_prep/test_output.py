@@ -12,7 +12,7 @@ from streaming.base.format.base.reader import FileInfo, SplitReader
 from data_prep import output
 from data_prep.plan import Scan, Settings
 from data_prep.records import Reject
-from data_prep.shard_task import ShardSummary
+from data_prep.sidecars import ShardSummary
 
 LATE = ShardSummary("shard-000001", 3, 2, 9000, "c" * 64, 300, "d" * 64, (Reject(4, "x", None, "role", "why"),), True)
 EARLY = ShardSummary("shard-000000", 5, 6, 8000, "a" * 64, 200, "b" * 64, (), False)

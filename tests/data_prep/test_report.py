@@ -17,9 +17,10 @@ from upath import UPath
 from data_prep.listings import read_manifest
 from data_prep.plan import Settings
 from data_prep.report import build_tasks, count_rejects, main, percent_text, size_text, source_rows
-from data_prep.report_shard import ReportTask, ShardReport, read_shard, thumbnail
+from data_prep.report_shard import ShardReport, read_shard, thumbnail
 from data_prep.report_stats import NO_FOLDER, NO_IMAGE, Stats, bars, merge, percentile, shown
 from data_prep.shards import make_shards
+from data_prep.sidecars import ReadTask
 from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -106,7 +107,7 @@ def test_a_url_is_read_as_a_folder_is(dataset, tmp_path: Path) -> None:
     for path in (tmp_path / "out").iterdir():
         (store / path.name).write_bytes(path.read_bytes())
     (shard,), chosen = read_manifest(tmp_path / "out").shards, (3, 17)
-    assert read_shard(ReportTask(store, shard, chosen)) == read_shard(ReportTask(tmp_path / "out", shard, chosen))
+    assert read_shard(ReadTask(store, shard, chosen)) == read_shard(ReadTask(tmp_path / "out", shard, chosen))
 
 
 def test_percentiles_are_values_that_occur() -> None:
@@ -247,10 +248,8 @@ def test_a_folder_that_is_not_finished_or_not_whole_is_refused(dataset, tmp_path
     assert status == 1 and f"error: {tar}: No such file or directory" in said
     (out / "shard-000000.json").write_text("{}")
     status, said = run_cli(out)
-    assert (
-        status == 1
-        and "error: shard-000000.json is not the sidecar of shard-000000.tar; delete it and run the same" in said
-    )
+    wrong = "its bytes differ from the SHA-256 in manifest.json; delete it and run the same"
+    assert status == 1 and f"error: shard-000000.json: {wrong}" in said
     assert not (out / "report.html").exists()
 
 

@@ -18,9 +18,10 @@ from data_prep import verify, verify_shard
 from data_prep.listings import ShardEntry, file_digest, inspect_listings, read_listings, seal
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
+from data_prep.sidecars import ReadTask
 from data_prep.tar_writer import END_OF_ARCHIVE
 from data_prep.verify import main, verify_shards
-from data_prep.verify_shard import MAX_NAMED, Problem, VerifyTask, shorten
+from data_prep.verify_shard import MAX_NAMED, Problem, shorten
 from tests.command_line import run_command
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -510,9 +511,7 @@ def check_quickly(out: Path) -> list[str]:
         listings, damage = inspect_listings(out)
     except ValueError as error:
         return re.findall(r"[\w.-]+\.jsonl?", str(error).partition(" is damaged")[0])
-    found = [*verify.check_listings(out, listings.manifest, damage)]
-    found += verify.check_rejects(out, listings.manifest, [])
-    return [problem.file for problem in found]
+    return [problem.file for problem in verify.check_listings(out, listings.manifest, damage)]
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json", "index.json", "rejects.jsonl"])
@@ -589,12 +588,11 @@ def test_a_bad_disk_is_damage_and_a_lost_one_is_an_error(tmp_path: Path, monkeyp
         def read(self, *_) -> bytes:
             raise OSError(code, "broken")
 
-    (tmp_path / "a.json").write_text('{"keys": [1], "sizes": [9], "checksums": [0]}')
-    monkeypatch.setattr(verify_shard, "open_buffered", lambda _: Broken())
-    monkeypatch.setattr(verify_shard, "_read_sidecar", lambda task: ((tmp_path / "a.json").read_bytes(), ""))
-    monkeypatch.setattr(verify_shard, "read_summary", lambda *_, **__: None)
+    (tmp_path / "a.json").touch()
+    monkeypatch.setattr(verify_shard, "open_file", lambda _: Broken())
+    monkeypatch.setattr(verify_shard, "parse_sidecar", lambda *_: ([("1", 0, 9, 0)], None))
     numbers: dict[str, Any] = {"bytes": 10, "num_samples": 1, "num_images": 0, "num_rejected": 0}
-    task = VerifyTask(tmp_path, ShardEntry(tar="a.tar", sidecar="a.json", sha256="0" * 64, **numbers), None)
+    task = ReadTask(tmp_path, ShardEntry(tar="a.tar", sidecar="a.json", sha256="0" * 64, **numbers))
     if code == errno.EIO:
         found = verify_shard.verify_shard(task).problems
         assert found == [Problem("a.tar", "cannot be read: the disk reports an error")]

@@ -366,8 +366,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "data_prep/shard_task.py": [
-        ("return receipt if derived == receipt else None", "return receipt", SHARD_TASK),
-        ("if receipt and receipt != sidecar:", "if False:", SHARD_TASK),
+        ("return sidecar if derived == sidecar else None", "return sidecar", SHARD_TASK),
+        ("if verified and verified != sidecar:", "if False:", SHARD_TASK),
         ("rejects.append(refuse(row.index, value, problem)._asdict())", "pass", SHARD_TASK),
     ],
     "data_prep/output.py": [
@@ -387,12 +387,12 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return data[-64 - END_BYTES : -END_BYTES] == _own_digest(data).encode()", "return True", LISTINGS),
     ],
     "data_prep/verify_shard.py": [
-        ("len(blocks) < size or zlib.crc32(blocks) != checksum", "len(blocks) < size", f"{VERIFY}[zeroed_header]"),
+        ("elif zlib.crc32(blocks) != checksum:", "elif False:", f"{VERIFY}[zeroed_header]"),
         ("elif end != END_OF_ARCHIVE:", "elif False:", f"{VERIFY}[flipped_end]"),
-        ("if not num_bad and sha256.hexdigest() != shard.sha256:", "if False:", f"{VERIFY}[same_checksum]"),
+        ("if sha256.hexdigest() == shard.sha256:", "if samples:", f"{VERIFY}[same_checksum]"),
     ],
     "data_prep/verify.py": [
-        ("if len(lines) != manifest.num_rejected:", "if False:", f"{VERIFY}[edited_counts_of_rejects]"),
+        ("!= manifest.num_rejected:", "< 0:", f"{VERIFY}[edited_counts_of_rejects]"),
         ("if values.get(name) != value:", "if name not in values:", f"{VERIFY}[edited_count]"),
     ],
     "common/files.py": [
