@@ -27,12 +27,7 @@ from model.hf.image_processing_saisa import MAX_INTERMEDIATE_PIXELS, SaisaImageP
 FILTERS = {2: "bilinear", 3: "bicubic"}
 """What torch calls Pillow's filters of these numbers; it lacks the others."""
 
-# Source: ITU-T T.81, table B.1.
-END_OF_IMAGE, START_OF_SCAN = b"\xff\xd9", 0xDA
-FRAMES = (0xC0, 0xC1, 0xC2)
-"""Baseline, extended and progressive with Huffman codes: not lossless, hierarchical or arithmetic."""
-OTHER_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-"""Huffman tables, quantization tables, the restart interval, a comment, application data 0 to 15."""
+END_OF_IMAGE = b"\xff\xd9"
 
 
 def decode_image(data: bytes, processor: SaisaImageProcessor, exact: bool) -> Tensor:
@@ -66,31 +61,18 @@ def is_fast(data: bytes, processor: SaisaImageProcessor) -> bool:
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Returns height and width in pixels of a JPEG without surprises, or None for any other file.
 
-    It holds one whole picture of 8 bits, gray or YCbCr, and no junk before its first scan. So left to Pillow are CMYK,
-    what Adobe's marker says is RGB, MPO (several pictures), files that are cut short, and heights told after the scan.
+    Pillow's header tells: it holds one picture of 8 bits, gray or YCbCr, which ends. So left to Pillow are CMYK, what
+    Adobe's marker says is RGB, MPO (several pictures), files that are cut short, and heights told after the scan.
     """
     try:
         image = JpegImageFile(io.BytesIO(data))
     except (SyntaxError, OSError, ValueError):
         return None
-    scan = image.fp.tell() if image.fp else 0
-    *before, last = _segments(data[:scan]) or [0]
-    is_whole = last == START_OF_SCAN and data.rfind(END_OF_IMAGE, scan) >= 0  # a scan writes ff as ff 00
-    has_one_frame = sum(marker in FRAMES for marker in before) == 1 and len(image.layer) == image.layers
+    is_whole = data.rfind(END_OF_IMAGE, image.fp.tell() if image.fp else 0) >= 0  # a scan writes ff as ff 00
+    has_one_frame = len(image.layer) == image.layers
     is_ycbcr = image.mode in ("L", "RGB") and ("adobe" not in image.info or image.info.get("adobe_transform") == 1)
-    is_plain = is_ycbcr and "mp" not in image.info
-    if is_whole and has_one_frame and is_plain and {*before} <= {*FRAMES, *OTHER_SEGMENTS}:
-        return image.height, image.width
-    return None
-
-
-def _segments(header: bytes) -> list[int]:
-    """Returns the marker of each segment of a JPEG's header, or nothing if anything else stands between them."""
-    markers, position = [], 2
-    while position + 4 <= len(header) and header[position] == 0xFF:
-        markers.append(header[position + 1])
-        position += 2 + int.from_bytes(header[position + 2 : position + 4])
-    return markers if position == len(header) else []
+    is_plain = is_whole and has_one_frame and is_ycbcr and "mp" not in image.info
+    return (image.height, image.width) if is_plain else None
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
