@@ -14,7 +14,7 @@ from model.compute import compute_dtype
 from model.pack import Pack
 from model.vision import encode_together, rows_of_pack
 from pipeline.bad_samples import check_bad_samples, gather_bad_samples, leave_out
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
 from pipeline.optimizer import learning_rate
@@ -31,28 +31,70 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
             not finite; the last checkpoint is sound.
     """
     started = time.monotonic()
-    config = state.config
-    if config.data.max_bad_samples:
+    if state.config.data.max_bad_samples:
         batch = without_bad_samples(state, batch)
     if not batch.counts.num_targets:
-        raise ValueError(nothing_to_learn(batch, config.data))
-    rate = learning_rate(batch.step, state.source.num_steps, config.optim)
+        raise ValueError(nothing_to_learn(batch, state.config.data))
+    rate = set_learning_rate(state, batch.step)
+    clear_gradients(state)
+    sums, num_targets = forward_and_backward(state, model_inputs(state, batch))
+    total, num_targets, state.is_stopping = sum_over_replicas(sums, num_targets, state)
+    loss = mean_loss(total, num_targets, batch, state.config)
+    grad_norm = update_weights(state, batch.step)
+    state.step = batch.step + 1
+    seconds = time.monotonic() - started + wait_seconds
+    return StepMetrics(
+        step=state.step,
+        epoch=batch.epoch,
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=rate,
+        step_seconds=seconds,
+        data_wait_fraction=wait_seconds / seconds,
+        counts=batch.counts,
+        flops=batch.counts.training_flops + batch.counts.num_images * state.flops_per_image,
+        num_processes=torch.distributed.get_world_size(),
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def set_learning_rate(state: TrainState, step: int) -> float:
+    """Returns the learning rate of a step, after telling the optimizer."""
+    rate = learning_rate(step, state.source.num_steps, state.config.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    return rate
+
+
+def clear_gradients(state: TrainState) -> None:
+    """Sets all gradients to zero, and lets go of the optimizer's."""
     for chunk in state.wrapped:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    inputs = model_inputs(state, batch)
+
+
+def forward_and_backward(state: TrainState, inputs: list[tuple[Pack, Tensor]]) -> tuple[list[Tensor], int]:
+    """Returns the summed loss of each micro-batch (last stages only) and the number of targets in all of them.
+
+    The gradients it leaves are those of the mean over all targets of the global batch, summed over the replicas.
+    """
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(inputs) for _ in state.wrapped],
         model=[*state.wrapped],
         num_microbatches=len(inputs),
-        seq_length=config.data.max_text_tokens_per_pack,
+        seq_length=state.config.data.max_text_tokens_per_pack,
         micro_batch_size=1,
     )
-    num_targets = sum(pack.num_targets for pack, _ in inputs)
-    total, num_targets, state.is_stopping = sum_over_replicas(sums, num_targets, state)
+    return sums, sum(pack.num_targets for pack, _ in inputs)
+
+
+def mean_loss(total: float, num_targets: int, batch: GlobalBatch, config: RunConfig) -> float:
+    """Returns the loss of a step, of which the optimizer may make use.
+
+    Raises:
+        ValueError: The targets are not those of the plan, or the loss is not finite.
+    """
     if num_targets != batch.counts.num_targets:
         raise ValueError(
             f"step {batch.step}: the samples have {num_targets:,} targets, but the length table says "
@@ -65,26 +107,21 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
             f"step {batch.step}: the loss is {loss}; stopped before the optimizer step. "
             f"Lower optim.learning_rate={config.optim.learning_rate:g} or look at the samples of this step"
         )
+    return loss
+
+
+def update_weights(state: TrainState, step: int) -> float:
+    """Returns the gradient norm before clipping, 0 where there is none, after the optimizer's step.
+
+    Raises:
+        ValueError: It is not finite.
+    """
     _, grad_norm, _ = cast(tuple[bool, float | None, int | None], state.optimizer.step())
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise ValueError(
-            f"step {batch.step}: the gradient norm is {grad_norm}; the last checkpoint is sound, restart from it"
+            f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is sound, restart from it"
         )
-    state.step = batch.step + 1
-    seconds = time.monotonic() - started + wait_seconds
-    return StepMetrics(
-        step=state.step,
-        epoch=batch.epoch,
-        loss=loss,
-        grad_norm=float(grad_norm or 0.0),
-        learning_rate=rate,
-        step_seconds=seconds,
-        data_wait_fraction=wait_seconds / seconds,
-        counts=batch.counts,
-        flops=batch.counts.training_flops + batch.counts.num_images * state.flops_per_image,
-        num_processes=torch.distributed.get_world_size(),
-        peak_memory_bytes=peak_memory(),
-    )
+    return float(grad_norm or 0.0)
 
 
 def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tensor]]:

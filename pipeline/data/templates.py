@@ -26,7 +26,7 @@ Four templates; what a model is trained to say is between >< (`eos` is the token
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
@@ -139,48 +139,52 @@ def encode_conversation(
         UsageError: the template is unknown.
         ValueError: the tokenizer does not know the template's special tokens, adds others than BOS, or is slow.
     """
-    form = _find(template)
-    end = end_of_answer(template, tokenizer)
-    own = () if form is PLAIN else (end, *form.special_tokens)
+    form, end = _find(template), end_of_answer(template, tokenizer)
+    is_plain, end_id = form is PLAIN, cast(int, tokenizer.convert_tokens_to_ids(end))
+    own = () if is_plain else (end, *form.special_tokens)
     control = control_tokens(tokenizer, own)
-    spelled = _spelled(conversations[-1:] if form is PLAIN else conversations, control)
-    if spelled is not None and special_tokens == "refuse":
-        raise ConversationError(
-            f"a turn contains {spelled!r}, a special token; data.special_tokens=plain keeps its row"
-        )
     encode: Encode = lambda text: _encode(text, tokenizer)  # noqa: E731
-    written, end_id = form, cast(int, tokenizer.convert_tokens_to_ids(end))
-    if spelled is not None:
+    if _spells_special_token(conversations[-1:] if is_plain else conversations, control, special_tokens):
         encode = plain_encoder(tokenizer, own)
-        written, end, own = _marked_form(form, own), _marked(end) if own else end, tuple(map(_marked, own))
-    if form is PLAIN:
-        rounds = _plain_round(conversations, has_image)
-    else:
-        rounds = _rounds(conversations, written, end, has_image)
-    whole = "".join(prompt + answer for prompt, answer in rounds)
-    bos = _bos(tokenizer)
+        form, end, own = _marked_form(form, own), end if is_plain else _marked(end), tuple(map(_marked, own))
+    rounds = _plain_round(conversations, has_image) if is_plain else _rounds(conversations, form, end, has_image)
+    whole, bos = "".join(prompt + answer for prompt, answer in rounds), _bos(tokenizer)
     ids = bos + _encode_pieces(whole, encode)
     labels = [IGNORE_INDEX] * len(ids)
-    start = len(bos)
+    for answer in _find_answers(ids, len(bos), rounds, end, None if is_plain else end_id, encode):
+        labels[answer] = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token for token in ids[answer]]
+    _check_ids(ids, len(bos), whole, own, control, tokenizer)
+    return EncodedConversation(ids, labels)
+
+
+def _find_answers(
+    ids: list[int], start: int, rounds: list[tuple[str, str]], end: str, end_id: int | None, encode: Encode
+) -> Iterator[slice]:
+    """Yields where in the ids of a conversation, of which `start` are BOS, each answer lies, its end included.
+
+    Args:
+        ids: of all rounds as one text.
+        start: where the first prompt begins.
+        rounds: the (prompt, answer) of each.
+        end: what every answer ends with, as it is written.
+        end_id: the token that this is; None where the last answer goes to the end of the ids.
+        encode: what made the ids.
+
+    Raises:
+        ConversationError: the tokens at the border of a prompt and its answer belong to both.
+    """
     for number, (prompt, _) in enumerate(rounds):
         # The prompt as it is tokenised in its place: after the end token of the answer before it.
         prompt_ids = _encode_pieces(end + prompt, encode)[1:] if number else _encode_pieces(prompt, encode)
         answer = start + len(prompt_ids)
-        stop = len(ids) if form is PLAIN else _find_end(ids, answer, end_id)
+        stop = len(ids) if end_id is None else _find_end(ids, answer, end_id)
         if ids[start:answer] != prompt_ids or answer == stop:
             raise ConversationError(
                 f"tokenization mismatch in answer {number + 1} of {len(rounds)}: the tokenizer joins its beginning "
-                f"with the prompt of template {template!r}; use another template or tokenizer, or leave the record out"
+                "with the prompt of the template; use another template or tokenizer, or leave the record out"
             )
-        labels[answer:stop] = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token for token in ids[answer:stop]]
+        yield slice(answer, stop)
         start = stop
-    unknown = cast(int | None, tokenizer.unk_token_id)
-    if form is not PLAIN and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise ConversationError(f"text that the tokenizer can only write as {tokenizer.unk_token!r}")
-    special = set(control.values()) - {unknown}
-    if sum(token in special for token in ids[len(bos) :]) != sum(whole.count(token) for token in set(own)):
-        raise ConversationError("the tokenizer makes a special token of some of its words")
-    return EncodedConversation(ids, labels)
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -404,12 +408,32 @@ def _encode_pieces(text: str, encode: Encode) -> list[int]:
     return ids
 
 
-def _spelled(turns: list[dict], control: dict[str, int]) -> str | None:
-    """Returns a special token that some turn spells."""
+def _spells_special_token(turns: list[dict], control: dict[str, int], special_tokens: SpecialTokens) -> bool:
+    """Returns whether some turn spells a special token, where that is plain text.
+
+    Raises:
+        ConversationError: One does where that is refused, or holds what marks the template's own.
+    """
     if any(PRIVATE in turn["value"] for turn in turns):
         raise ConversationError(f"a turn contains {PRIVATE!r}, which is no character")
     pattern = "|".join(map(re.escape, control))
-    return next((found[0] for turn in turns if (found := re.search(pattern, turn["value"])) and pattern), None)
+    spelled = next((found[0] for turn in turns if (found := re.search(pattern, turn["value"])) and pattern), None)
+    if spelled is not None and special_tokens == "refuse":
+        wrong = f"a turn contains {spelled!r}, a special token; data.special_tokens=plain keeps its row"
+        raise ConversationError(wrong)
+    return spelled is not None
+
+
+def _check_ids(
+    ids: list[int], num_bos: int, whole: str, own: tuple[str, ...], control: dict[str, int], tokenizer: Tokenizer
+) -> None:
+    """Makes sure that ids say what the text does: all of it, and no special token but BOS and the template's `own`."""
+    unknown = cast(int | None, tokenizer.unk_token_id)
+    if own and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise ConversationError(f"text that the tokenizer can only write as {tokenizer.unk_token!r}")
+    special = set(control.values()) - {unknown}
+    if sum(token in special for token in ids[num_bos:]) != sum(whole.count(token) for token in set(own)):
+        raise ConversationError("the tokenizer makes a special token of some of its words")
 
 
 def _marked(token: str) -> str:

@@ -129,7 +129,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return ids.index(end_id, start) + 1", "return ids.index(end_id, start)", TEMPLATES),
         ("        start = stop\n", "", TEMPLATES),
         ("if text.count(IMAGE_TOKEN) != 1:", "if True:", TEMPLATES),
-        ("labels[answer:stop] =", "labels[start:stop] =", TEMPLATES),
+        ("yield slice(answer, stop)", "yield slice(start, stop)", TEMPLATES),
     ],
     "pipeline/data/batches.py": [
         ("self.config.data.exact_images)", "False)", f"{BATCHES}::test_exact_images_are_pillows_own"),
