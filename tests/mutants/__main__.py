@@ -22,8 +22,8 @@ import typer
 
 from common.console import UsageError, run
 from tests.mutants.table import MUTANTS
+from tests.source_files import ROOT, source_files
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "data_prep", "model", "orchestration", "pipeline", "tests")
 LIBRARIES = (
     "megatron.core.dist_checkpointing.strategies.torch",
@@ -102,9 +102,9 @@ def import_libraries() -> None:
 
 def copy_tree(target: Path) -> Path:
     """Returns a copy of the code and the tests, with what is not committed too, sharing the environment."""
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", target)
+    for path in (*source_files(FOLDERS), Path("pyproject.toml")):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, target / path)
     (target / ".venv").symlink_to((ROOT / ".venv").resolve())
     return target
 

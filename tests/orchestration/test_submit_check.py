@@ -10,8 +10,8 @@ from ray._private.runtime_env.packaging import create_package
 from common.console import UsageError
 from orchestration.submit_check import MAX_BYTES, check_size, files_to_upload, main
 from tests.command_line import run_command
+from tests.source_files import ROOT, source_files
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("common", "data_prep", "model", "pipeline", "orchestration", "configs", "benchmarks")
 STAYS = (
     "blip_laion_cc_sbu_558k.json",
@@ -45,11 +45,10 @@ TRAVELS = ("mine/run.yaml", "mine/models/sizes.yml", "pyproject.toml", "Makefile
 def clone(tmp_path: Path) -> Path:
     """The code of this repository, and what the README's commands leave beside it."""
     folder = tmp_path / "clone"
-    files = (path for name in (*CODE, "tests") for path in (REPOSITORY / name).rglob("*") if path.is_file())
-    listed = [str(path.relative_to(REPOSITORY)) for path in files if path.parent.name != "__pycache__"]
+    listed = map(str, source_files([*CODE, "tests"]))
     for name in (*listed, *STAYS, *TRAVELS, ".rayignore", ".gitignore"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        source = REPOSITORY / name
+        source = ROOT / name
         (folder / name).write_bytes(source.read_bytes() if source.is_file() and name not in STAYS else b"x")
     return folder
 
