@@ -42,6 +42,11 @@ def plain(text: str, encoding: str = "utf-8") -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def count_text(number: int, noun: str) -> str:
+    """Returns `1 row`, `0 rows` or `2,000 rows` for the noun `row`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class _PlainConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yields what is printed; colours and cursor moves of rich's own are not part of a segment's text."""

@@ -153,7 +153,7 @@ def finalize(folder: Location, plan: dict, summaries: Sequence[ShardSummary], sc
 def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejected: int) -> dict:
     """Returns the counts and hashes of a complete set of shards; the fingerprint depends on the shards' bytes alone."""
     num_samples = sum(summary.num_samples for summary in summaries)
-    assert num_rows == num_samples + num_rejected, f"{num_rows} rows became {num_samples} + {num_rejected}"
+    assert num_rows == num_samples + num_rejected, f"{num_rows} became {num_samples} + {num_rejected}"
     return {
         "version": 2,
         "fingerprint": fingerprint(summary.tar_sha256 for summary in summaries),

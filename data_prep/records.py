@@ -13,6 +13,7 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+from common.console import count_text
 from common.tokens import IMAGE_TOKEN
 from data_prep.row_shapes import Refused, shown, to_llava
 
@@ -76,7 +77,7 @@ def check_row(value: Any) -> CheckedRow:
     for path in paths:
         check_path(path)
     if num_tokens != len(paths):
-        tokens, files = _count(num_tokens, f"{IMAGE_TOKEN} token"), _count(len(paths), "image path")
+        tokens, files = count_text(num_tokens, f"{IMAGE_TOKEN} token"), count_text(len(paths), "image path")
         raise Refused("image_count", f"{tokens} but {files}")
     return CheckedRow(row, tuple(paths), source_shape)
 
@@ -151,7 +152,3 @@ def json_bytes(value: Any, sort_keys: bool = False) -> bytes:
         raise Refused("text", "a text holds half of a surrogate pair (a broken \\u escape)") from None
     except ValueError:
         raise Refused("text", "a value is NaN or Infinity, which JSON does not have") from None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

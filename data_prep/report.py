@@ -21,7 +21,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from common.console import UsageError, build_console, run
+from common.console import UsageError, build_console, count_text, run
 from common.files import Location, open_file, open_location, write_whole
 from common.pages import render_page
 from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
@@ -85,7 +85,7 @@ def write_report(
     text = render(folder, manifest, stats, cards, count_rejects(folder))
     write_whole(page, text.encode())
     console.print(
-        f"{manifest.num_samples:,} samples looked at, {len(cards):,} shown\n"
+        f"{count_text(manifest.num_samples, 'sample')} looked at, {len(cards):,} shown\n"
         f"written to {page} ({size_text(page.stat().st_size)}); open it in a browser",
     )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from common.console import build_progress
+from common.console import build_progress, count_text
 from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
@@ -46,7 +46,7 @@ class RejectLog:
         num_bad = sum(reject.kind != DUPLICATE for reject in self.rejects)
         if num_bad > self.max_bad_fraction * self.num_rows:
             raise TooManyRefused(
-                f"{num_bad:,} of {self.num_rows:,} rows of {self.source} refused, more than "
+                f"{num_bad:,} of {count_text(self.num_rows, 'row')} of {self.source} refused, more than "
                 f"--max-bad-fraction {self.max_bad_fraction:g} allows; rejects.jsonl says why"
             )
 
@@ -100,7 +100,7 @@ def run_shown[Task, Result](
         for number, result in enumerate(run_tasks(function, tasks, in_flight), start=1):
             num_done += work.num_done(result)
             rate = num_done / work.unit_size / (time.monotonic() - started)
-            note = f"{number:,} of {work.num_shards:,} shards, {rate:,.0f} {work.unit}"
+            note = f"{number:,} of {count_text(work.num_shards, 'shard')}, {rate:,.0f} {work.unit}"
             progress.update(bar, completed=num_done, note=note)
             yield result
 
@@ -108,27 +108,34 @@ def run_shown[Task, Result](
 def plan_text(num_rows: int, plan: Plan, num_bytes: int) -> str:
     """Returns what a run would write, before an image has been read."""
     return (
-        f"{num_rows:,} rows: {len(plan.order):,} to write and {num_rows - len(plan.order):,} refused so far\n"
-        f"about {num_bytes / 1e6:,.1f} MB in {len(plan.shards):,} shards; nothing was written"
+        f"{count_text(num_rows, 'row')}: {len(plan.order):,} to write and "
+        f"{num_rows - len(plan.order):,} refused so far\n"
+        f"about {num_bytes / 1e6:,.1f} MB in {count_text(len(plan.shards), 'shard')}; nothing was written"
     )
 
 
 def notes_text(notes: dict[str, tuple[int, str]], formats: Counter) -> str:
     """Returns a line for each thing worth knowing of the rows and images that were written."""
-    lines = [f"{count:,} {note}, such as {example}" for note, (count, example) in notes.items()]
+    lines = []
+    for note, (count, example) in notes.items():
+        noun, _, rest = note.partition(" ")
+        lines.append(f"{count_text(count, noun)} {rest}, such as {example}")
     for name, count in sorted(formats.items()):
         if ImageInfo(name, 0, 0).extension not in WEBDATASET_EXTENSIONS:
-            lines.append(f"{count:,} images are {name}, which webdataset's own decoder leaves as bytes")
+            lines.append(
+                f"{count_text(count, 'image')} in the format {name}, which webdataset's own decoder leaves as bytes"
+            )
     return "\n".join(lines)
 
 
 def summary_text(manifest: dict, num_kept: int, seconds: float, out: object) -> str:
     """Returns the closing words of a run; `num_kept` shards were there before it."""
-    kept = f" ({num_kept:,} were there already and verified)" if num_kept else ""
+    kept = f" ({num_kept:,} there already and verified)" if num_kept else ""
     return (
-        f"{manifest['num_rows']:,} rows = {manifest['num_samples']:,} samples + {manifest['num_rejected']:,} refused\n"
-        f"{manifest['num_images']:,} images, {manifest['num_bytes'] / 1e6:,.1f} MB in {manifest['num_shards']:,} shards"
-        f"{kept}\n"
+        f"{count_text(manifest['num_rows'], 'row')} = {count_text(manifest['num_samples'], 'sample')} + "
+        f"{manifest['num_rejected']:,} refused\n"
+        f"{count_text(manifest['num_images'], 'image')}, {manifest['num_bytes'] / 1e6:,.1f} MB in "
+        f"{count_text(manifest['num_shards'], 'shard')}{kept}\n"
         f"{seconds:,.1f} s, {manifest['num_rows'] / seconds:,.0f} rows/s; fingerprint {manifest['fingerprint'][:16]}\n"
         f"written to {out}"
     )

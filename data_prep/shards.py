@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from common.console import UsageError, build_console, run
+from common.console import UsageError, build_console, count_text, run
 from common.files import Location, locked, open_location
 from common.version import code_version
 from data_prep import output
@@ -179,7 +179,9 @@ def _write_all(
         reject_log.add(source.scan.rejects)
         plan = build_plan(source.scan, settings)
         if len(plan.shards) > MAX_SHARDS:
-            raise UsageError(f"--shard-bytes {settings.shard_bytes} makes {len(plan.shards):,} shards, too many")
+            raise UsageError(
+                f"--shard-bytes {settings.shard_bytes} makes {count_text(len(plan.shards), 'shard')}, too many"
+            )
         tasks = build_tasks(source, folder, settings, plan, recheck)
         summaries = write_shards(tasks, plan, reject_log, workers, address)
         if not any(summary.num_samples for summary in summaries):

@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from common.console import count_text
 from common.files import Location
 from common.json_files import parse_json
 from data_prep.listings import Damage, ShardEntry
@@ -102,5 +103,5 @@ def parse_sidecar(data: bytes, shard: ShardEntry) -> tuple[Samples, ShardSummary
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Damage("is not one that `make shards` writes") from None
     if len(samples) != shard.num_samples:
-        raise Damage(f"lists {len(samples):,} samples, manifest.json {shard.num_samples:,}")
+        raise Damage(f"lists {count_text(len(samples), 'sample')}, manifest.json {shard.num_samples:,}")
     return samples, summary

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.console import UsageError, build_console, run
+from common.console import UsageError, build_console, count_text, run
 from common.files import Location, file_sizes, open_location, read_whole
 from data_prep import listings
 from data_prep.listings import AGAIN, DIFFERS, UNSEALED, Damage, Listings, Manifest, inspect_listings
@@ -63,10 +63,11 @@ def verify_shards(out: str | Path, workers: int | None = None, address: str | No
         count, stems = sum(problem.count for problem in found), {Path(problem.file).stem for problem in found}
         num_damaged = sum(Path(shard.tar).stem in stems for shard in manifest.shards)
         raise ValueError(
-            f"{folder}: {count:,} problem{'s' * (count > 1)}, {num_damaged:,} of {num_shards:,} shards damaged; "
+            f"{folder}: {count_text(count, 'problem')}, {num_damaged:,} of {count_text(num_shards, 'shard')} damaged; "
             f"delete the files named above and {AGAIN}: it writes these alone"
         )
-    console.print(f"{manifest.num_samples:,} samples in {num_shards:,} shards, every byte as it was written")
+    samples = count_text(manifest.num_samples, "sample")
+    console.print(f"{samples} in {count_text(num_shards, 'shard')}, every byte as it was written")
     return manifest.model_dump(exclude_unset=True)
 
 
@@ -101,7 +102,7 @@ def check_rejects(data: bytes, manifest: Manifest) -> None:
     if listings.file_digest(data) != manifest.rejects:
         raise Damage(DIFFERS)
     if (num_rows := data.count(b"\n")) != manifest.num_rejected:
-        raise Damage(f"holds {num_rows:,} rows, manifest.json counts {manifest.num_rejected:,}")
+        raise Damage(f"holds {count_text(num_rows, 'row')}, manifest.json counts {manifest.num_rejected:,}")
 
 
 def unlisted(present: Iterable[str], manifest: Manifest) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from common.console import count_text
 from common.files import named_errors
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
@@ -143,8 +144,8 @@ def add_image_token(tokenizer: Any, vocab_size: int) -> int:
     known = len(tokenizer) - int(IMAGE_TOKEN in tokenizer.get_vocab())
     if known > vocab_size:
         raise ValueError(
-            f"the tokenizer knows {known} tokens but the language model embeds only {vocab_size}; use the tokenizer "
-            "that the language model was trained with"
+            f"the tokenizer knows {count_text(known, 'token')} but the language model embeds only {vocab_size}; "
+            "use the tokenizer that the language model was trained with"
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_additional_special_tokens=False)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -189,7 +190,7 @@ def _write_weights(
             flush()
     if missing:
         shown = ", ".join(list(missing)[:8]) + (", ..." if len(missing) > 8 else "")
-        raise ValueError(f"{len(missing)} of {len(shapes)} weights are missing: {shown}")
+        raise ValueError(f"{len(missing)} of {count_text(len(shapes), 'weight')} missing: {shown}")
     if shard:
         flush()
 

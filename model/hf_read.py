@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from common.console import count_text
 from common.json_files import read_json_object
 from common.paths import check_plain
 from common.pickles import tell
@@ -174,7 +175,7 @@ def check_processor(folder: Path, processor: SaisaProcessor, config: SaisaConfig
     if processor.num_image_tokens != config.num_image_tokens:
         raise ValueError(
             f"{folder / 'processor_config.json'}: num_image_tokens={processor.num_image_tokens!r}, but the model has "
-            f"{config.num_image_tokens} visual tokens an image; {WAY_OUT}"
+            f"{count_text(config.num_image_tokens, 'visual token')} an image; {WAY_OUT}"
         )
     if processor.chat_template is not None:
         with named(folder / "chat_template.jinja"):

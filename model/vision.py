@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from common.console import count_text
 from model.config import VisionConfig
 from model.flops import encoder_forward_flops
 from model.hf.vision_saisa import VisionTower, stored_name
@@ -35,7 +36,9 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in stored}
     missing = sorted(set(map(stored_name, tower.state_dict())) - set(weights))
     if missing:
-        raise ValueError(f"{base}: the vision encoder lacks {len(missing)} weights, such as {PREFIX}{missing[0]}")
+        raise ValueError(
+            f"{base}: the vision encoder lacks {count_text(len(missing), 'weight')}, such as {PREFIX}{missing[0]}"
+        )
     tower.load_state_dict(weights, strict=False)
     return tower.to(device, dtype)
 

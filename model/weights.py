@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from common.console import count_text
 from model.config import ModelConfig
 from model.hf_read import files_in_index, read_safetensors_file
 
@@ -192,5 +193,6 @@ def load_parameters(model: torch.nn.Module, tensors: Iterable[Named], tp_rank: i
             missing.discard(name)
     if missing:
         raise ValueError(
-            f"{len(missing)} weights are in no file, such as {sorted(missing)[0]}; is the base folder complete?"
+            f"{count_text(len(missing), 'weight')} found in no file, such as {sorted(missing)[0]}; "
+            "is the base folder complete?"
         )

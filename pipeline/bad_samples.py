@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ValidationError
 
+from common.console import count_text
 from common.files import read_whole, write_whole
 from model.pack import IGNORE_INDEX
 from pipeline.data.batches import GlobalBatch, MicroBatch
@@ -69,7 +70,8 @@ def check_bad_samples(known: dict[int, str], limit: int, run_dir: Path, step: in
     """
     if len(known) > limit:
         raise ValueError(
-            f"step {step}: {known[max(new)]}; with it {len(known)} samples are bad, and data.max_bad_samples={limit}. "
+            f"step {step}: {known[max(new)]}; with it the run has {count_text(len(known), 'bad sample')}, and "
+            f"data.max_bad_samples={limit}. "
             "Mend them, or raise the setting: the same command goes on"
         )
     added = [BadSample(step=step, sample=number, reason=known[number]) for number in new]

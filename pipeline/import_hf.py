@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from common.console import UsageError, run
+from common.console import UsageError, count_text, run
 from pipeline.data.templates import TEMPLATES, chat_template, end_of_answer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -66,9 +66,9 @@ def main(
             source, vision, out, chat_template=words, stop_token=stop, max_positions=max_positions, dtype=stored
         )
     print(
-        f"{out}: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_image_tokens} visual "
-        f"tokens an image ({config.vision_config.model_type}), template {template}, "
-        f"at most {config.max_position_embeddings} positions"
+        f"{out}: {count_text(config.num_hidden_layers, 'layer')} of width {config.hidden_size}, "
+        f"{count_text(config.num_image_tokens, 'visual token')} an image ({config.vision_config.model_type}), "
+        f"template {template}, at most {count_text(config.max_position_embeddings, 'position')}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from common.console import count_text
 from common.files import locked, write_whole
 from common.version import code_version
 from pipeline.bad_samples import read_bad_samples
@@ -127,15 +128,16 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
     parameters = {name: p for stage in state.stages for name, p in stage.named_parameters()}
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     here = " on this process" if state.groups.mp.size() > 1 else ""
+    num_trained, num_all = (sum(parameters[name].numel() for name in names) for names in (trained, parameters))
     log.say(
-        f"{state.config.phase}: training {sum(parameters[name].numel() for name in trained):,} of "
-        f"{sum(p.numel() for p in parameters.values()):,} parameters{here} ({len(trained)} tensors, {trained[0]} ... "
-        f"{trained[-1]}); the vision encoder is frozen"
+        f"{state.config.phase}: training {num_trained:,} of {count_text(num_all, 'parameter')}{here} "
+        f"({count_text(len(trained), 'tensor')}, {trained[0]} ... {trained[-1]}); the vision encoder is frozen"
     )
     log.say(
-        f"{state.source.schedule.num_drawn:,} samples an epoch, {state.source.num_steps:,} steps of "
-        f"{state.config.train.global_batch_size} on {state.groups.dp.size()} data-parallel ranks, "
-        f"from step {state.step}; run folder {state.config.run_dir}"
+        f"{count_text(state.source.schedule.num_drawn, 'sample')} an epoch, "
+        f"{count_text(state.source.num_steps, 'step')} of {state.config.train.global_batch_size} on "
+        f"{count_text(state.groups.dp.size(), 'data-parallel rank')}, from step {state.step}; "
+        f"run folder {state.config.run_dir}"
     )
     for line in broadcast_from_rank0(state.source.remarks):
         log.say(line)

@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from common.console import count_text
 from model.compute import compute_dtype
 from model.pack import Pack
 from model.vision import encode_together, rows_of_pack
@@ -97,7 +98,7 @@ def mean_loss(total: float, num_targets: int, batch: GlobalBatch, config: RunCon
     """
     if num_targets != batch.counts.num_targets:
         raise ValueError(
-            f"step {batch.step}: the samples have {num_targets:,} targets, but the length table says "
+            f"step {batch.step}: the samples have {count_text(num_targets, 'target')}, but the length table says "
             f"{batch.counts.num_targets:,}; stopped before the optimizer step. Delete lengths-*.npz in "
             f"data.cache={config.data.cache}"
         )
@@ -197,8 +198,8 @@ def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
     )
     if counts.num_truncated_tokens:
         way_out = (
-            f"data.max_positions={data.max_positions} cut {counts.num_truncated_tokens:,} text tokens of them; "
-            "raise it, or leave out rows whose images alone fill it"
+            f"data.max_positions={data.max_positions} cut {count_text(counts.num_truncated_tokens, 'text token')} of "
+            "them; raise it, or leave out rows whose images alone fill it"
         )
     return f"step {batch.step}: no sample has anything to learn ({held}); {way_out}"
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.console import count_text
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf_read import load_tokenizer
 from model.pack import IGNORE_INDEX, Pack
@@ -149,7 +150,8 @@ class BatchSource(Dataset[GlobalBatch]):
         if table.problems:
             first = table.problems[min(table.problems)]
             lines.append(
-                f"{len(table.problems):,} of {len(table):,} samples cannot be encoded and are skipped: {first}"
+                f"{len(table.problems):,} of {count_text(len(table), 'sample')} cannot be encoded and will be "
+                f"skipped: {first}"
             )
         if len(idle := table.without_targets()):
             num_cut = int((table.column("num_truncated_tokens")[idle] > 0).sum())
@@ -159,7 +161,7 @@ class BatchSource(Dataset[GlobalBatch]):
             shards, local = self.samples.locate(int(idle[0]))
             record = shards.record(local)
             lines.append(
-                f"{len(idle):,} of {len(table):,} samples have nothing to learn{cut}; the first is "
+                f"{len(idle):,} of {count_text(len(table), 'sample')} will teach nothing{cut}; the first is "
                 f"record {record['id']} (index {record['source_index']}) of {shards.location}"
             )
         return lines
@@ -253,8 +255,9 @@ def open_shards(config: RunConfig) -> list[ShardSet]:
     )
     if data.cache_limit is not None and data.cache_limit < largest * data.shards_in_use:
         raise ValueError(
-            f"data.cache_limit={data.cache_limit:,} holds fewer than data.shards_in_use={data.shards_in_use} shards of "
-            f"{largest:,} bytes, so each would be fetched again and again; raise the limit or mix fewer shards"
+            f"data.cache_limit={data.cache_limit:,} holds fewer shards than "
+            f"data.shards_in_use={data.shards_in_use}: they have up to {largest:,} bytes and would be fetched again "
+            "and again; raise the limit or mix fewer"
         )
     return sets
 

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TimeRemainingColumn
 
-from common.console import build_progress
+from common.console import build_progress, count_text
 from common.files import read_whole, write_whole
 from model import hf_read
 from pipeline.data.probes import encoding_digest
@@ -172,5 +172,5 @@ def _load(file: Path, num_samples: int) -> LengthTable:
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         table = LengthTable(stored["values"], dict(json.loads(stored["problems"].tobytes())))
     if len(table) != num_samples:
-        raise ValueError(f"{file} knows {len(table)} samples, the shards hold {num_samples}; delete it")
+        raise ValueError(f"{file} knows {count_text(len(table), 'sample')}, the shards hold {num_samples}; delete it")
     return table

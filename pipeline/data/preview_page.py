@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.console import count_text
 from common.pages import image_url, render_page
 from model.pack import IGNORE_INDEX
 from pipeline.data.batches import BatchSource, MicroBatch
@@ -21,9 +22,10 @@ def headline(source: BatchSource, step: int) -> str:
     plan = source.schedule.plan(step)
     counts = plan.counts
     return (
-        f"step {step} (epoch {plan.epoch}): {counts.num_samples} samples, {counts.num_skipped} skipped, "
-        f"{counts.num_text_tokens:,} text tokens, {counts.num_targets:,} of them targets, "
-        f"{counts.num_visual_tokens:,} visual tokens, {counts.num_padding_tokens:,} rows of padding, "
+        f"step {step} (epoch {plan.epoch}): {count_text(counts.num_samples, 'sample')}, {counts.num_skipped} skipped, "
+        f"{count_text(counts.num_text_tokens, 'text token')}, {counts.num_targets:,} of them to learn, "
+        f"{count_text(counts.num_visual_tokens, 'visual token')}, "
+        f"{count_text(counts.num_padding_tokens, 'padding row')}, "
         f"imbalance {counts.imbalance_fraction:.1%}"
     )
 

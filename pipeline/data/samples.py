@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.console import count_text
 from pipeline.data.templates import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -85,7 +86,10 @@ def build_sample(
         token_ids, labels = np.array(encoded.token_ids, np.int64), np.array(encoded.labels, np.int64)
         num_image_tokens = int((token_ids == IMAGE_TOKEN_INDEX).sum())
         if num_image_tokens != len(images):
-            raise ConversationError(f"{num_image_tokens} <image> tokens are left in the text but {len(images)} images")
+            raise ConversationError(
+                f"{count_text(num_image_tokens, '<image> token')} left in the text but "
+                f"{count_text(len(images), 'image')}"
+            )
         return _cut(token_ids, labels, num_visual_tokens_per_image, max_positions)
     except ConversationError as error:
         raise ConversationError(f"record {record.get('id')} (index {record.get('source_index')}): {error}") from None

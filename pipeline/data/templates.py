@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from tokenizers import AddedToken
 
-from common.console import UsageError
+from common.console import UsageError, count_text
 from common.tokens import IMAGE_TOKEN
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the configuration imports this file
@@ -349,7 +349,9 @@ def _rounds(conversations: list[dict], form: Template, end: str, has_image: bool
 
 def _plain_round(conversations: list[dict], has_image: bool) -> list[tuple[str, str]]:
     if len(conversations) != 2:
-        raise ConversationError(f"{len(conversations)} turns; template 'plain' takes one question and one caption")
+        raise ConversationError(
+            f"{count_text(len(conversations), 'turn')}; template 'plain' takes one question and one caption"
+        )
     _check_roles(conversations)
     question, caption = (_place_image(turn["value"], has_image) for turn in conversations)
     if IMAGE_TOKEN not in question:

@@ -8,6 +8,7 @@ from typing import Any
 from webdataset.compat import WebDataset
 from webdataset.gopen import gopen_schemes
 
+from common.console import count_text
 from common.files import open_location
 from pipeline.shards.shard_set import ShardSet
 
@@ -29,8 +30,10 @@ def check(shards: ShardSet, limit: int | None = None) -> str:
             raise ValueError(f"{shards.location}: sample {num_same}: {difference}")
         num_same += 1
     if num_same != (expected := min(counted, limit or counted)):
-        raise ValueError(f"{shards.location}: {num_same:,} samples, but manifest.json counts {expected:,}")
-    return f"{shards.location}: {num_same:,} of {counted:,} samples, the same by number and through webdataset"
+        raise ValueError(f"{shards.location}: {count_text(num_same, 'sample')}, but manifest.json counts {expected:,}")
+    return (
+        f"{shards.location}: {num_same:,} of {count_text(counted, 'sample')}, the same by number and through webdataset"
+    )
 
 
 def compare(by_number: Sample | None, streamed: Sample | None) -> str | None:

@@ -35,7 +35,7 @@ def test_manifest_counts_add_up() -> None:
     counts = {key: value for key, value in manifest.items() if key.startswith("num_")}
     expected = {"num_rows": 9, "num_samples": 8, "num_rejected": 1, "num_images": 8, "num_shards": 2}
     assert counts == expected | {"num_bytes": 17000}
-    with pytest.raises(AssertionError, match=r"10 rows became 8 \+ 1"):
+    with pytest.raises(AssertionError, match=r"10 became 8 \+ 1"):
         output.build_manifest([EARLY, LATE], num_rows=10, num_rejected=1)
 
 

@@ -54,6 +54,6 @@ def test_rows_that_spell_one_are_counted_and_the_first_is_named() -> None:
         [Row(i, 0, 0, row) for i, row in enumerate(rows)], lambda path: None, special_tokens=("</s>", "<s>")
     )
     assert scan.notes == {
-        "rows spell the special token </s>": (2, "turn 1 (record r1)"),
-        "rows spell the special token <s>": (1, "turn 1 (record r3)"),
+        "row with the special token </s> in its text": (2, "turn 1 (record r1)"),
+        "row with the special token <s> in its text": (1, "turn 1 (record r3)"),
     }

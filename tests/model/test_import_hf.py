@@ -245,7 +245,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "sliding_window=64 is shorter .* pass --max-positions 64",
     ),
     "shape": ({"hidden_size": 64}, r"lm_head.weight has shape \[384, 32\]; the configuration says \[384, 64\]"),
-    "layers": ({"num_hidden_layers": 4}, "9 of .* weights are missing: model.layers.3.input_layernorm.weight"),
+    "layers": ({"num_hidden_layers": 4}, "9 of .* weights missing: model.layers.3.input_layernorm.weight"),
     "fewer": ({"num_hidden_layers": 2}, "model.layers.2.* is not a weight of this model"),
     "vocabulary": ({"vocab_size": 300}, "the tokenizer knows 384 tokens but the language model embeds only 300"),
 }
@@ -287,7 +287,7 @@ def test_missing_and_quantised_tensors(llm: Path, vision: Path, tmp_path: Path) 
     weights = load_file(llm / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, llm / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 of \d+ weights are missing: model.norm.weight"):
+    with pytest.raises(ValueError, match=r"1 of \d+ weights missing: model.norm.weight"):
         compose_base(llm, vision, tmp_path / "base")
     weights["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
     save_file(weights, llm / "model.safetensors")
@@ -358,7 +358,7 @@ def test_one_projector_in_every_layer_is_stored_for_each(source: Any, tmp_path: 
     assert torch.equal(weights["model.layers.2.mm_projector.0.weight"], shared["0.weight"])
     with pytest.raises(ValueError, match=r"comes twice"):
         write_hf_folder(tmp_path / "twice", config, [*tensors, *copies], processor.tokenizer, processor.image_processor)
-    with pytest.raises(ValueError, match=r"12 of \d+ weights are missing: model.layers.0.mm_projector.0.weight"):
+    with pytest.raises(ValueError, match=r"12 of \d+ weights missing: model.layers.0.mm_projector.0.weight"):
         write_hf_folder(
             tmp_path / "none",
             config,

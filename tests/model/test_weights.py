@@ -53,5 +53,5 @@ def test_load_parameters_refuses_other_shapes_and_gaps():
     layer = torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"weight weight: the model has shape \[3, 2\], the file \[2, 3\]"):
         load_parameters(layer, [("weight", torch.zeros(2, 3))])
-    with pytest.raises(ValueError, match="1 weights are in no file, such as bias"):
+    with pytest.raises(ValueError, match="1 weight found in no file, such as bias"):
         load_parameters(layer, [("weight", torch.zeros(3, 2))])

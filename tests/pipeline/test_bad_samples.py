@@ -149,7 +149,7 @@ def test_one_more_than_allowed_ends_the_run_on_every_rank(deep_stage2, tmp_path)
     config = settings(deep_stage2, tmp_path, BAD - 1)
     with pytest.raises(RuntimeError) as caught:
         run_together(2, with_bad_images, config, False)
-    wrong = r"record .* does not decode: .*; with it 2 samples are bad, and data.max_bad_samples=1\. Mend them"
+    wrong = r"record .* does not decode: .*; with it the run has 2 bad samples, and data.max_bad_samples=1\. Mend them"
     assert len([line for line in str(caught.value).splitlines() if line.startswith("ValueError: step 1: ")]) == 2
     assert caught.match(wrong)
     with pytest.raises(ValueError, match=r"does not decode: .*; data.max_bad_samples=1 and more train on without"):

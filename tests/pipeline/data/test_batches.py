@@ -122,9 +122,7 @@ def test_samples_without_targets_are_counted_and_the_first_is_named(stage2, tmp_
         held = set(cut.schedule.samples(step).tolist())
         assert cut.schedule.plan(step).counts.num_without_targets == len(held & set(idle))
     (line,) = cut.remarks()
-    assert line.startswith(
-        f"{len(idle)} of {len(shards)} samples have nothing to learn, {len(idle)} since data.max_pos"
-    )
+    assert line.startswith(f"{len(idle)} of {len(shards)} samples will teach nothing, {len(idle)} since data.max_pos")
     assert f"the first is record {shards.record(idle[0])['id']} (index " in line
     assert source(stage2).remarks() == []
 
@@ -245,7 +243,7 @@ def test_more_shards_at_a_time_than_the_cache_holds_are_refused(stage2, shard_fo
     largest = max(tar.stat().st_size for tar in shard_folder.glob("*.tar"))
     changes = {"shards": (ShardSource(location=f"file://{shard_folder}"),), "cache": tmp_path, "shards_in_use": 3}
     open_shards(with_data(stage2, **changes, cache_limit=3 * largest))
-    with pytest.raises(ValueError, match="holds fewer than data.shards_in_use=3 shards of"):
+    with pytest.raises(ValueError, match="holds fewer shards than data.shards_in_use=3: they have up to"):
         open_shards(with_data(stage2, **changes, cache_limit=3 * largest - 1))
 
 

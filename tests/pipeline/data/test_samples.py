@@ -128,8 +128,8 @@ def test_real_rows(realdata: Path):
 @pytest.mark.parametrize(
     ("conversations", "num_images", "message"),
     [
-        (talk("<image>\na", "b"), 2, "1 <image> tokens are left in the text but 2 images"),
-        (talk("a", "b"), 1, "0 <image> tokens are left in the text but 1 images"),
+        (talk("<image>\na", "b"), 2, "1 <image> token left in the text but 2 images"),
+        (talk("a", "b"), 1, "0 <image> tokens left in the text but 1 image"),
         (talk("<image>", "b", first="gpt") + talk("c"), 1, "human and gpt must take turns"),
         (talk("a </s>", "b"), 0, "a turn contains '</s>', a special token"),
     ],
