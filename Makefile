@@ -8,6 +8,11 @@ PYTHON := .venv/bin/python
 export PYTHONWARNINGS := ignore::UserWarning,ignore::DeprecationWarning,ignore::FutureWarning,ignore::SyntaxWarning
 # Images often forbid Python to keep what it compiles; then every process compiles thousands of modules, for 15 seconds.
 export PYTHONDONTWRITEBYTECODE :=
+# Without a GPU, torch warns of a CUDA toolkit that it finds; where these are empty it looks for none.
+ifeq ($(wildcard /dev/nvidiactl /dev/dxg),)
+export CUDA_HOME :=
+export CUDA_PATH :=
+endif
 UV_VERSION := 0.13.8
 
 # $(call need,A B): stops with one line if a variable that the target needs is not given.
@@ -76,7 +81,7 @@ import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model an
 	$(call need,LLM VISION OUT)
 	$(PYTHON) -m pipeline.import_hf --llm $(LLM) --vision $(VISION) --out $(OUT) $(ARGS)
 
-tiny-base: setup ## DATA=x.json OUT=dir [TOKENIZER=dir]: a tiny random base, to try your own data on a CPU
+tiny-base: setup ## DATA=x.json OUT=dir [TOKENIZER=dir]: a tiny random base of JSON or Parquet rows, to try your own data on a CPU
 	$(call need,DATA OUT)
 	$(PYTHON) -m orchestration.tiny_base --data $(DATA) --out $(OUT) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(ARGS)
 
@@ -117,9 +122,9 @@ export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self
 	$(call need,CKPT OUT)
 	$(PYTHON) -m pipeline.export --checkpoint $(CKPT) --out $(OUT) $(ARGS)
 
-evaluate: setup ## MODEL=dir DATA=x.json IMAGES=dir-zip-or-url: score an exported folder on LLaVA-format questions
-	$(call need,MODEL DATA IMAGES)
-	$(PYTHON) -m pipeline.evaluation.evaluate --model $(MODEL) --data $(DATA) --images $(IMAGES) $(ARGS)
+evaluate: setup ## MODEL=dir DATA=x.json [IMAGES=dir-zip-or-url]: score an exported folder on LLaVA-format questions (JSON or Parquet)
+	$(call need,MODEL DATA)
+	$(PYTHON) -m pipeline.evaluation.evaluate --model $(MODEL) --data $(DATA) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
 
 chat: setup ## MODEL=dir IMAGE=file [ARGS='--question "..."']: talk to an exported folder
 	$(call need,MODEL IMAGE)

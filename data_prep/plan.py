@@ -21,9 +21,9 @@ from data_prep.json_rows import Row
 from data_prep.records import DUPLICATE, CheckedRow, Refused, Reject, check_row, content_digest, refuse, row_id
 from data_prep.tar_writer import member_bytes
 
-OTHER_EXTENSION = "images were found under another extension than the row says"
-OTHER_FORM = "images were found under the other Unicode form (NFC, NFD) of their path"
-OTHER_SHAPE = "rows are in another shape than LLaVA's"
+OTHER_EXTENSION = "image found under another extension than the row says"
+OTHER_FORM = "image found under the other Unicode form (NFC, NFD) of its path"
+OTHER_SHAPE = "row in another shape than LLaVA's"
 LAYOUT = 2
 """Raised when the same input and settings would give other bytes than before."""
 
@@ -129,7 +129,7 @@ def _notes(checked: CheckedRow, entries: list[ImageEntry], special_tokens: Seque
     for token in special_tokens:
         for number, turn in enumerate(checked.row["conversations"]):
             if token in turn["value"]:
-                yield f"rows spell the special token {token}", f"turn {number}"
+                yield f"row with the special token {token} in its text", f"turn {number}"
                 break
 
 
@@ -198,4 +198,8 @@ def identity(scan: Scan, settings: Settings, data_sha256: str) -> dict:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Returns one phrase for each entry of two identities that differs."""
-    return [f"{k} was {before.get(k)}, is {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]
+    changed = [(name, before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)]
+    return [
+        f"other {name.partition(' (')[0]}" if "(sha256" in name else f"{name} was {was}, is {is_now}"
+        for name, was, is_now in changed
+    ]

@@ -33,6 +33,7 @@ import typer
 from PIL import Image, ImageDraw
 
 from common.console import UsageError, run
+from common.files import named_errors
 
 KINDS = ("circle", "square", "triangle", "cross")
 COLORS = {
@@ -198,6 +199,11 @@ def draw_scenes(rng: random.Random, num_scenes: int, held_out: bool) -> Iterator
 
 def write_dataset(out: Path, num_train: int, num_test: int, seed: int, image_size: int) -> None:
     """Writes the data set under `out`; the same arguments give the same bytes."""
+    with named_errors(out):  # Pillow's own do not say where
+        _write_dataset(out, num_train, num_test, seed, image_size)
+
+
+def _write_dataset(out: Path, num_train: int, num_test: int, seed: int, image_size: int) -> None:
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     pretrain, finetune, test = [], [], []

@@ -5,13 +5,14 @@ import os
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from common.console import count_text
 from common.files import Location, local_copy, open_location
 from data_prep.image_roots import ImageEntry, ImageRoots, open_images
 from data_prep.json_rows import Row, read_rows
@@ -77,6 +78,40 @@ def open_source(
         )
 
 
+@contextmanager
+def open_rows(
+    data: str | Path, keep_images: bool = True
+) -> Iterator[tuple[Iterator[Row], Callable[[int, str], ImageEntry | None]]]:
+    """Yields the rows of a file or folder that `make shards` takes, unchecked, and what finds images that came inside.
+
+    That takes a row's index and a path in the row, when the row has been read; without `keep_images` it only tells
+    whether there is one.
+
+    Raises:
+        ValueError: These are no rows.
+    """
+    location = open_location(data)
+    with ExitStack() as held:
+        if not (tables := find_tables(location)):
+            yield read_rows(held.enter_context(local_copy(location)), location), lambda index, path: None
+            return
+        spool = Spool(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="saisa-"))), keep_images)
+        held.enter_context(closing(spool))
+
+        def rows() -> Generator[Row]:
+            for file in tables:
+                with local_copy(file) as copy:
+                    yield from map(spool.add, read_table(copy, file))
+            if not len(spool):
+                raise ValueError(f"{location} holds no rows; it must hold at least one")
+
+        def find(index: int, path: str) -> ImageEntry | None:
+            spool.flush()
+            return spool.find(index, path)
+
+        yield held.enter_context(closing(rows())), find
+
+
 def describe(data: dict, locations: Sequence[str], scan: Scan) -> dict:
     """Returns what the manifest tells of the input."""
     names = [_named(name.rstrip("/").rsplit("/", 1)[-1]) for name in locations]
@@ -102,7 +137,9 @@ def scan_source(
                 yield row
                 if row.index % 1000 == 999:
                     rate = (row.index + 1) / (time.monotonic() - started)
-                    progress.update(bar, completed=row.offset, note=f"{row.index + 1:,} rows, {rate:,.0f}/s")
+                    progress.update(
+                        bar, completed=row.offset, note=f"{count_text(row.index + 1, 'row')}, {rate:,.0f}/s"
+                    )
             progress.update(bar, completed=total)
 
         return scan_rows(watched(), images.find, settings.deduplicate, special_tokens)
@@ -132,7 +169,9 @@ def scan_tables(
                 with local_copy(file) as copy:
                     tables.append(Table(file.name, copy.stat().st_size, _sha256(copy), len(spool)))
                     yield from map(spool.add, read_table(copy, file))
-                progress.update(bar, advance=1, note=f"{len(spool):,} rows of {len(tables):,} files")
+                progress.update(
+                    bar, advance=1, note=f"{count_text(len(spool), 'row')} of {count_text(len(tables), 'file')}"
+                )
 
         def find(index: int, path: str) -> ImageEntry | None:
             return spool.find(index, path) or roots.find(path)

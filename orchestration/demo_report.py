@@ -15,6 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from common.console import count_text
+from common.files import whole_file, write_whole
 from common.pages import image_url, render_page
 from pipeline.evaluation.questions import Answer, EvaluationResult
 
@@ -36,7 +38,8 @@ def write_loss_curve(stage1: Sequence[dict], stage2: Sequence[dict], out: Path) 
     for axes, (title, color), metrics in zip(figure.subplots(1, 2), STAGES, (stage1, stage2), strict=True):
         _draw_loss(axes, title, color, metrics)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with whole_file(out) as file:
+        figure.savefig(file, format="png")
 
 
 def running_mean(values: Sequence[float], half_life: float) -> list[float]:
@@ -90,7 +93,7 @@ def write_examples(
     chosen = choose_examples(seeing, blind, num_examples)
     num_right = sum(answer.correct for answer, _ in chosen)
     summary = (
-        f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without "
+        f"{seeing.accuracy:.1%} of {count_text(seeing.num_questions, 'question')} right, {blind.accuracy:.1%} without "
         f"the picture. Below, {len(chosen)} of them, chosen without looking at the answers: {num_right} right."
     )
     cards = [
@@ -99,7 +102,8 @@ def write_examples(
     ]
     template = Path(__file__).with_name("demo_report.html.jinja")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render_page(template, summary=summary, scores=list(_scores(seeing, blind)), cards=cards))
+    page = render_page(template, summary=summary, scores=list(_scores(seeing, blind)), cards=cards)
+    write_whole(out, page.encode())
 
 
 def print_scores(seeing: EvaluationResult, blind: EvaluationResult, console: Console) -> None:

@@ -12,7 +12,8 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from common.console import build_console
+from common.console import build_console, count_text
+from common.files import write_whole
 from data_prep.plan import Settings
 from data_prep.shapes import write_dataset
 from data_prep.shards import make_shards
@@ -47,14 +48,14 @@ def run_demo(out: Path, seed: int, num_train: int, num_test: int) -> None:
     }
     write_loss_curve(read_metrics(out / "stage1"), read_metrics(out / "stage2"), out / "loss.png")
     write_examples(seeing, blind, images, out / "examples.html")
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(out / "result.json", f"{json.dumps(result, indent=1)}\n".encode())
     print_scores(seeing, blind, console)
     example = seeing.answers[0]
     picture = images / example.question.images[0]
     console.print(Text.assemble(f"{picture}: {example.question.text} ", (example.text, "bold")))
     console.print(
-        f"{seeing.accuracy:.1%} of {seeing.num_questions:,} questions right, {blind.accuracy:.1%} without the picture; "
-        f"{seconds:.0f} s, at most {peak / 1e9:.1f} GB of memory\n"
+        f"{seeing.accuracy:.1%} of {count_text(seeing.num_questions, 'question')} right, {blind.accuracy:.1%} without "
+        f"the picture; {seconds:.0f} s, at most {peak / 1e9:.1f} GB of memory\n"
         f"Look at {out / 'loss.png'} and {out / 'examples.html'}, or ask it: make chat MODEL={model} IMAGE={picture}"
     )
 
@@ -62,7 +63,7 @@ def run_demo(out: Path, seed: int, num_train: int, num_test: int) -> None:
 def build_model(out: Path, seed: int, num_train: int, num_test: int, console: Console) -> None:
     """Makes everything up to the exported model."""
     data = out / "data"
-    tell(console, 1, f"{num_train:,} training pictures and {num_test:,} held-out ones", "data_prep.shapes")
+    tell(console, 1, f"{count_text(num_train, 'training picture')} and {num_test:,} held-out ones", "data_prep.shapes")
     write_dataset(data, num_train, num_test, seed, image_size=64)
 
     tell(console, 2, "a tiny random language model and vision encoder become a base", "pipeline.import_hf")

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.files import named_errors
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf_read import load_tokenizer
 from model.import_hf import compose_base
@@ -51,8 +52,9 @@ def build_tiny_base(texts: Iterable[str], out: Path, *, tokenizer: Path | None =
     words = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(texts, PHRASES)
     with tempfile.TemporaryDirectory() as parts:
         llm, vision = Path(parts, "llm"), Path(parts, "vision")
-        build_tiny_llm(words, llm, vocab_size=len(words) if tokenizer else VOCAB_SIZE, seed=seed)
-        build_tiny_clip(vision, seed=seed)
+        with named_errors(Path(parts)):
+            build_tiny_llm(words, llm, vocab_size=len(words) if tokenizer else VOCAB_SIZE, seed=seed)
+            build_tiny_clip(vision, seed=seed)
         return compose_base(llm, vision, out, chat_template=chat_template("v1"))
 
 

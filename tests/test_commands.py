@@ -4,11 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.source_files import ROOT
+
 STAGE1 = "--config configs/demo-stage1.yaml"
 MISTAKES = {
     "orchestration.demo": ("--out README.md", "README.md"),
@@ -20,7 +20,7 @@ MISTAKES = {
     "data_prep.report": ("none", "none: no shards here"),
     "pipeline.data.preview": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
     "pipeline.evaluation.chat": ("--model none", "none: no config.json"),
-    "pipeline.evaluation.evaluate": ("--model none --data none.json --images .", "none.json: no such file"),
+    "pipeline.evaluation.evaluate": ("--model none --data none.json --images .", "none.json: No such file"),
     "pipeline.export": ("--checkpoint none --out none", "none: no checkpoint here"),
     "pipeline.import_hf": ("--llm none --vision none --out none --template v2", "--template 'v2' must be one of"),
     "pipeline.shards.stream_check": ("none", "none: no shards here"),
@@ -47,13 +47,13 @@ def said() -> dict[tuple[str, str], tuple[int, str, list[str]]]:
     """What each command says to each line of arguments: its status, its words, the frameworks imported so far."""
     lines = [(module, line) for module, (mistake, _) in MISTAKES.items() for line in ("--help", "--none", mistake)]
     command = [sys.executable, "-W", "ignore", "-c", SAY, json.dumps(lines)]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in ended.stdout.splitlines()]
     return {line: tuple(answer) for line, answer in zip(lines, answers, strict=True)}
 
 
 def test_every_command_of_the_makefile_is_here():
-    started = re.findall(r"-m ((?:data_prep|pipeline|orchestration)[\w.]+)", (REPOSITORY / "Makefile").read_text())
+    started = re.findall(r"-m ((?:data_prep|pipeline|orchestration)[\w.]+)", (ROOT / "Makefile").read_text())
     assert set(started) == set(MISTAKES)
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, TimeRemainingColumn
 
-from common.console import build_console, build_progress
+from common.console import build_console, build_progress, count_text
 from common.images import load_image
 from data_prep.image_roots import ImageEntry, read_image
 from model.hf_read import load_export
@@ -18,7 +18,7 @@ from pipeline.evaluation.questions import Answer, Question
 def answer_questions(
     model_dir: Path,
     questions: Sequence[Question],
-    images: Mapping[str, ImageEntry],
+    images: Mapping[tuple[int, str], ImageEntry],
     blind: bool,
     batch_size: int,
     max_new_tokens: int,
@@ -35,7 +35,9 @@ def answer_questions(
     fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
     too_long = tuple(question for question, fit in zip(questions, fits, strict=True) if not fit)
     if not any(fits):
-        raise ValueError(f"{model_dir}: every question fills the {limit} positions of the model; none can be asked")
+        raise ValueError(
+            f"{model_dir}: every question fills the {count_text(limit, 'position')} of the model; none can be asked"
+        )
     asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
     return answer_all(model, processor, asked, images, blind, batch_size, max_new_tokens), too_long
 
@@ -45,7 +47,7 @@ def answer_all(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
-    images: Mapping[str, ImageEntry],
+    images: Mapping[tuple[int, str], ImageEntry],
     blind: bool,
     batch_size: int,
     max_new_tokens: int,
@@ -61,7 +63,7 @@ def answer_all(
     for batch in _shown(batches):
         asked = [questions[index] for index in batch]
         prompts = [_prompt(question, processor) for question in asked]
-        pictures = [[_open(images[name], question) for name in question.images] for question in asked]
+        pictures = [[_open(images[question.row, name], question) for name in question.images] for question in asked]
         if blind:
             pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
         inputs = processor(

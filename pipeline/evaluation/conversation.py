@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.console import UsageError
+from common.console import UsageError, count_text
 from model.export_check import check_export
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
@@ -41,7 +41,9 @@ class Chat:
         inputs = self.processor(text=prompt, images=self.image, return_tensors="pt").to(self.model.device)
         length, limit = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= limit:
-            raise ValueError(f"the conversation has {length} positions, the model takes {limit}; start again")
+            raise ValueError(
+                f"the conversation has {count_text(length, 'position')}, the model takes {limit}; start again"
+            )
         sampling: dict[str, Any] = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
         ids = self.model.generate(**inputs, **sampling, max_new_tokens=min(self.max_new_tokens, limit - length))
         answer = self.processor.decode(ids[0, length:], skip_special_tokens=True).strip()

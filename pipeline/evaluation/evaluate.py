@@ -9,27 +9,34 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from common.console import UsageError, plain, run
-from common.files import open_location
-from data_prep.image_roots import ImageEntry, open_images, split_name
+from common.console import UsageError, count_text, plain, run
+from common.files import Location, open_location, write_whole
+from data_prep.image_roots import ImageEntry, ImageRoots, open_images, split_name
 from data_prep.records import Refused, check_path
+from data_prep.source import open_rows
 from model.export_check import check_export
-from pipeline.evaluation.questions import EvaluationResult, Question, question_only_accuracy, read_questions
+from pipeline.evaluation.questions import (
+    EvaluationResult,
+    Question,
+    question_only_accuracy,
+    questions_in,
+    read_questions,
+)
 
 MAX_NEW_TOKENS = 64  # an answer that ends sooner costs no more, and 8 cut some that say yes in a sentence
 
 
 def evaluate(
     model_dir: Path,
-    data: Path,
-    images: str | Path,
+    data: str | Path,
+    images: str | Path | None = None,
     blind: bool = False,
     *,
     rows: slice = slice(None),
@@ -37,12 +44,12 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
-    """Returns the model's greedy answers to the questions of a LLaVA JSON file.
+    """Returns the model's greedy answers to the questions of LLaVA rows.
 
     Args:
         model_dir: Folder written by `make export`.
-        data: LLaVA JSON or JSONL; a row's optional `family` names its kind of question.
-        images: Folder, zip or URL that the rows' image paths start from, as of `make shards`.
+        data: All that `make shards` takes; a row's optional `family` names its kind of question.
+        images: Folder, zip or URL that the rows' image paths start from, as of `make shards`; those inside rows win.
         blind: Replace every image by its processor's mean colour.
         rows: Which rows of `data`.
         batch_size: Questions answered at once.
@@ -52,15 +59,16 @@ def evaluate(
     Raises:
         ValueError: a file is missing or does not hold what it should, or every question is too long for the model.
     """
-    questions = read_questions(data, rows)
-    check_export(model_dir)
-    entries = find_images(questions, images)
-    from pipeline.evaluation.answers import answer_questions  # takes seconds: not before all that is asked is there
+    with open_rows(data) as (found, inside):
+        questions = questions_in(found, data, rows)
+        check_export(model_dir)
+        entries = find_images(questions, images, inside)
+        from pipeline.evaluation.answers import answer_questions  # takes seconds: not before all that is asked is there
 
-    answers, too_long = answer_questions(
-        model_dir, questions, entries, blind, batch_size, max_new_tokens, trust_remote_code
-    )
-    found_as = {path: entry.found_as for path, entry in entries.items() if entry.found_as}
+        answers, too_long = answer_questions(
+            model_dir, questions, entries, blind, batch_size, max_new_tokens, trust_remote_code
+        )
+    found_as = {path: entry.found_as for (_, path), entry in entries.items() if entry.found_as}
     return EvaluationResult(answers, too_long, found_as)
 
 
@@ -76,7 +84,7 @@ def write_result(result: EvaluationResult, out: Path, **more: Any) -> None:
     }
     answers = [asdict(a.question) | {"answer": a.text, "correct": a.correct, "cut": a.is_cut} for a in result.answers]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(scores | {"answers": answers}, indent=1) + "\n")
+    write_whole(out, f"{json.dumps(scores | {'answers': answers}, indent=1)}\n".encode())
 
 
 def parse_rows(text: str | None, option: str = "--rows") -> slice:
@@ -96,30 +104,43 @@ def parse_rows(text: str | None, option: str = "--rows") -> slice:
     return slice(first, last)
 
 
-def find_images(questions: Sequence[Question], root: str | Path) -> dict[str, ImageEntry]:
-    """Returns where the images of the questions are, by the paths in their rows; found as `make shards` finds them.
+def find_images(
+    questions: Sequence[Question],
+    root: str | Path | None,
+    inside: Callable[[int, str], ImageEntry | None] = lambda row, path: None,
+) -> dict[tuple[int, str], ImageEntry]:
+    """Returns where the images of the questions are, by row and path; found as `make shards` finds them.
 
     Raises:
         ValueError: one is not there, or its path or a link leads out of the folder.
     """
-    roots, entries = open_images([str(root)]), {}
-    folder = open_location(split_name(str(root))[1])
+    roots = ImageRoots([]) if root is None else open_images([str(root)])
+    folder = None if root is None else open_location(split_name(str(root))[1])
+    entries: dict[tuple[int, str], ImageEntry] = {}
     for question in questions:
         for path in question.images:
             try:
                 check_path(path)
-                entry = entries.get(path) or roots.find(path)
+                entry = entries.get((question.row, path)) or inside(question.row, path)
+                entry = entry or _find_outside(roots, folder, path, question)
             except Refused as error:
                 raise ValueError(f"record {question.row_id!r}, image {path!r}: {error}") from None
             if entry is None:
-                raise ValueError(f"{root}/{path}: no such image, wanted by record {question.row_id!r}; check --images")
-            if isinstance(folder, Path) and folder.is_dir() and not _is_inside(entry.file, folder):
-                raise ValueError(
-                    f"{entry.file} is a link that leads out of --images, wanted by record {question.row_id!r}; put the "
-                    "image itself there"
-                )
-            entries[path] = entry
+                there = "not inside the rows; name its folder with --images" if root is None else "check --images"
+                where = path if root is None else f"{root}/{path}"
+                raise ValueError(f"{where}: no such image, wanted by record {question.row_id!r}; {there}")
+            entries[question.row, path] = entry
     return entries
+
+
+def _find_outside(roots: ImageRoots, folder: Location | None, path: str, question: Question) -> ImageEntry | None:
+    entry = roots.find(path)
+    if entry and isinstance(folder, Path) and folder.is_dir() and not _is_inside(entry.file, folder):
+        raise ValueError(
+            f"{entry.file} is a link that leads out of --images, wanted by record {question.row_id!r}; put the "
+            "image itself there"
+        )
+    return entry
 
 
 def _is_inside(file: str, root: Path) -> bool:
@@ -129,11 +150,11 @@ def _is_inside(file: str, root: Path) -> bool:
 
 def main(
     model: Annotated[Path, Option(help="exported folder")],
-    data: Annotated[Path, Option(help="LLaVA JSON with the questions")],
-    images: Annotated[str, Option(help="folder, zip or URL that the image paths start from")],
+    data: Annotated[str, Option(help="LLaVA rows with the questions: all that `make shards` takes")],
+    images: Annotated[str | None, Option(help="folder, zip or URL of the images that are not inside the rows")] = None,
     blind: Annotated[bool, Option("--blind", help="blank every image")] = False,
     rows: Annotated[str | None, Option(help="a:b, only these rows of --data")] = None,
-    baseline_data: Annotated[Path | None, Option(help="training rows: also score guessing from them, unseen")] = None,
+    baseline_data: Annotated[str | None, Option(help="training rows: also score guessing from them, unseen")] = None,
     baseline_rows: Annotated[str | None, Option(help="a:b, only these rows of --baseline-data")] = None,
     batch_size: Annotated[int, Option(min=1, help="questions answered at once")] = 64,
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer, in tokens")] = MAX_NEW_TOKENS,
@@ -153,15 +174,18 @@ def main(
     result = evaluate(model, data, images, blind, rows=chosen, trust_remote_code=trust_remote_code, **options)
     for family, accuracy in result.per_family.items():
         print(f"{plain(family):12} {accuracy:.1%}")
-    print(f"{'all':12} {result.accuracy:.1%} of {result.num_questions:,} questions{', blind' if blind else ''}")
+    asked = count_text(result.num_questions, "question")
+    print(f"{'all':12} {result.accuracy:.1%} of {asked}{', blind' if blind else ''}")
     if result.num_cut:
-        print(f"{result.num_cut:,} answers were cut, so they may be wrong for that alone; raise --max-new-tokens")
+        print(f"{count_text(result.num_cut, 'answer')} cut short, perhaps wrong for that alone; raise --max-new-tokens")
     if result.found_as:
         path, found = next(iter(result.found_as.items()))
-        print(f"{len(result.found_as):,} images have another name than in the rows: {plain(path)} is {plain(found)}")
+        images_found = count_text(len(result.found_as), "image")
+        print(f"{images_found} found under another name than in the rows: {plain(path)} is {plain(found)}")
     if result.too_long:
         first = plain(repr(result.too_long[0].row_id))
-        print(f"{len(result.too_long):,} questions fill the model's positions and were not asked; first record {first}")
+        left_out = count_text(len(result.too_long), "question")
+        print(f"{left_out} not asked, too long for the model's positions; first record {first}")
     more: dict[str, Any] = {"blind": blind}
     if guessed_from:
         more["baseline_accuracy"] = question_only_accuracy(guessed_from, [a.question for a in result.answers])

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 from common.tokens import IMAGE_TOKEN
-from data_prep.json_rows import read_rows
+from data_prep.json_rows import Row
 from data_prep.row_shapes import Refused, to_llava
+from data_prep.source import open_rows
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """Source: LLaVA-1.5, section 3.2."""
@@ -24,13 +24,14 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Question:
-    """One question about the images of a row; `text` has no `<image>` in it."""
+    """One question about the images of a row, the `row`-th of its file; `text` has no `<image>` in it."""
 
     row_id: str
     family: str
     images: tuple[str, ...]
     text: str
     expected: str
+    row: int = 0
 
     @property
     def prompt(self) -> str:
@@ -89,27 +90,35 @@ class EvaluationResult:
         return {family: sum(marks[family]) / len(marks[family]) for family in sorted(marks)}
 
 
-def read_questions(data: Path, rows: slice = slice(None)) -> list[Question]:
-    """Returns every question of the chosen rows (`a:b`, both counted from the front) of a LLaVA JSON or JSONL file.
+def read_questions(data: str | Path, chosen: slice = slice(None)) -> list[Question]:
+    """Returns every question of the chosen rows (`a:b`, both counted from the front) of all that `make shards` takes.
 
     Raises:
         ValueError: the file cannot be read, a row is not a LLaVA row, or there is no question.
     """
-    if not data.is_file():
-        raise ValueError(f"{data}: no such file; --data takes a LLaVA JSON or JSONL file")
+    with open_rows(data, keep_images=False) as (rows, _):
+        return questions_in(rows, data, chosen)
+
+
+def questions_in(rows: Iterable[Row], name: object, chosen: slice) -> list[Question]:
+    """Returns every question of the chosen rows of a file; `name` is what errors call it.
+
+    Raises:
+        ValueError: a row is not a LLaVA row, or there is no question.
+    """
     questions: list[Question] = []
-    for row in islice(read_rows(data), rows.start, rows.stop):
+    for row in islice(rows, chosen.start, chosen.stop):
         try:
-            questions += _questions_of(row.value)
+            questions += _questions_of(row)
         except (Refused, TypeError, AttributeError) as error:
-            raise ValueError(f"{data} index {row.index}: not a LLaVA row ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{name} index {row.index}: not a LLaVA row ({type(error).__name__}: {error})") from None
     if not questions:
-        raise ValueError(f"{data}: no question in rows {rows.start or 0}:{rows.stop or ''}; choose other --rows")
+        raise ValueError(f"{name}: no question in rows {chosen.start or 0}:{chosen.stop or ''}; choose other --rows")
     return questions
 
 
-def _questions_of(row: dict[str, Any]) -> list[Question]:
-    row, _ = to_llava(row)
+def _questions_of(found: Row) -> list[Question]:
+    row, _ = to_llava(found.value)
     named = row.get("image") or []
     images = (named,) if isinstance(named, str) else tuple(named)
     pairs = [
@@ -122,7 +131,7 @@ def _questions_of(row: dict[str, Any]) -> list[Question]:
         texts = [text if text.endswith(SHORT_ANSWER) else f"{text}\n{SHORT_ANSWER}" for text in texts]
     family = str(row.get("family", ""))
     return [
-        Question(str(row.get("id", "")), family, images, text, answer.strip())
+        Question(str(row.get("id", "")), family, images, text, answer.strip(), found.index)
         for text, (_, answer) in zip(texts, pairs, strict=True)
     ]
 

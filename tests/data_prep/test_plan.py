@@ -128,7 +128,7 @@ def test_differences_name_what_the_user_set() -> None:
     before, now = identity(scan, Settings(), "aa"), identity(scan, Settings(seed=1, shard_bytes=9), "bb")
     assert differences(before, before) == []
     assert differences(before, now) == [
-        "data (sha256) was aa, is bb",
+        "other data",
         "shard-bytes was 256000000, is 9",
         "seed was 0, is 1",
     ]

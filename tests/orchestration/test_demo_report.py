@@ -10,8 +10,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from common.console import describe
+from data_prep.shapes import write_dataset
 from orchestration.demo_report import choose_examples, print_scores, running_mean, write_examples, write_loss_curve
+from pipeline.evaluation.evaluate import write_result
 from pipeline.evaluation.questions import Answer, EvaluationResult, Question
+from tests.full_disk import no_file_larger_than
 
 
 def result(answers: list[str]) -> EvaluationResult:
@@ -47,6 +51,19 @@ def test_the_curve_has_a_panel_for_each_stage(tmp_path: Path) -> None:
     left, right = (pixels.crop((x, 0, x + pixels.width // 2, pixels.height)) for x in (0, pixels.width // 2))
     blue = (0x2A, 0x6F, 0xB0)
     assert [any(color == blue for _, color in half.getcolors(1 << 20) or []) for half in (left, right)] == [True, False]
+
+
+def test_what_finds_no_room_is_named(images: Path) -> None:
+    for write, name in (
+        (lambda out: write_loss_curve([], [], out), "loss.png"),
+        (lambda out: write_examples(SEEING, BLIND, images, out), "page.html"),
+        (lambda out: write_dataset(out, 2, 1, seed=0, image_size=64), "data"),
+        (lambda out: write_result(SEEING, out), "result.json"),
+    ):
+        with no_file_larger_than(100), pytest.raises(OSError) as error:
+            write(images / name)
+        assert describe(error.value).startswith(f"{images / name}: File too large; no file may be that large there")
+        assert not list(images.glob("*.part")) and not (images / name).is_file()
 
 
 def test_examples_take_families_in_turn_and_new_pictures_first() -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
@@ -142,8 +144,8 @@ def test_a_question_that_fills_the_models_positions_is_not_asked_but_counted(wor
     assert [answer.question.text for answer in result.answers] == ["Say something."]
     assert [question.row_id for question in result.too_long] == ["row-0.png"]
     shown = run("--model", world / "model", "--data", tmp_path / "test.json", "--images", world, "--max-new-tokens", 1)
-    assert "of 1 questions" in shown.output and "1 answers were cut" in shown.output
-    assert "1 questions fill the model's positions and were not asked; first record 'row-0.png'" in shown.output
+    assert "of 1 question\n" in shown.output and "1 answer cut short" in shown.output
+    assert "1 question not asked, too long for the model's positions; first record 'row-0.png'" in shown.output
     (tmp_path / "test.json").write_text(json.dumps(rows[1:]))
     with pytest.raises(ValueError, match="model: every question fills the .* positions of the model"):
         evaluate(world / "model", tmp_path / "test.json", world)
@@ -164,6 +166,22 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
     answers = evaluate(world / "model", tmp_path / "test.json", world).answers
     assert 0 < room(long) <= 3 and [answer.is_cut for answer in answers] == [True, False]
     assert answers[0].text == processor.tokenizer.decode([5, 6, 7][: room(long)], skip_special_tokens=True).strip()
+
+
+def test_rows_with_their_images_inside_are_answered_as_the_same_rows_with_files(world: Path, tmp_path: Path) -> None:
+    """Images of two rows may have the same path."""
+    rows = json.loads((world / "test.json").read_text())
+    for index in (0, 2):
+        rows[index]["image"] = {"bytes": (world / rows[index]["image"]).read_bytes(), "path": "picture.png"}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    options: dict[str, Any] = {"rows": slice(0, 3), "max_new_tokens": 6}
+    expected = evaluate(world / "model", world / "test.json", world, **options).answers
+    inside = evaluate(world / "model", tmp_path / "test.parquet", **options).answers
+    assert len({answer.text for answer in expected}) > 1
+    assert [answer.text for answer in inside] == [answer.text for answer in expected]
+    assert [answer.question.images for answer in inside] == [("picture.png",), ("picture.png",), (), ("picture.png",)]
+    with pytest.raises(ValueError, match=r"0.png: no such image, wanted by record 'row-0.png'; not inside the rows"):
+        evaluate(world / "model", world / "test.json")
 
 
 def test_a_blank_picture_is_all_zeros_to_the_encoder(world: Path) -> None:
@@ -199,7 +217,7 @@ def test_the_command_writes_scores_answers_and_the_baseline(world: Path, tmp_pat
         (["--rows", "9:"], 1, "no question in rows 9:"),
         (["--baseline-rows", ":1"], 2, "--baseline-rows chooses from --baseline-data"),
         (["--model", "nowhere"], 1, "nowhere: no config.json"),
-        (["--data", "nowhere.json"], 1, "nowhere.json: no such file"),
+        (["--data", "nowhere.json"], 1, "nowhere.json: No such file"),
         (["--images", "nowhere"], 1, "nowhere is not there; give a folder or a zip"),
     ],
 )
@@ -220,7 +238,7 @@ def test_rows_are_named_like_slices() -> None:
 def test_images_are_found_as_sharding_finds_them(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     asked = [Question("7", "", ("a.jpg", "a.png"), "what?", "a")]
-    assert {path: entry.found_as for path, entry in find_images(asked, tmp_path).items()} == {
+    assert {path: entry.found_as for (_, path), entry in find_images(asked, tmp_path).items()} == {
         "a.jpg": "a.png",
         "a.png": None,
     }
