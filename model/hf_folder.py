@@ -29,6 +29,7 @@ from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
 from model.hf.vision_saisa import stored_name
+from model.hf_check import check_new_folder
 
 CODE = Path(__file__).parent / "hf"
 AUTO_MAP = {
@@ -74,8 +75,7 @@ def write_hf_folder(
         ValueError: the folder is not empty; weights are missing, unknown, twice there, or of another shape.
         OSError: a file could not be written; nothing is left.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
+    check_new_folder(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

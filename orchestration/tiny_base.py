@@ -17,6 +17,7 @@ from common.console import build_console, count_text, run
 from data_prep.records import check_row
 from data_prep.row_shapes import Refused
 from data_prep.source import open_rows
+from model.hf_check import check_new_folder
 
 
 def read_texts(data: str | Path) -> Iterator[str]:
@@ -49,6 +50,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
 ) -> None:
     """Writes a tiny random base to try the pipeline with, on a CPU and on your own data."""
+    check_new_folder(out)
     texts = read_texts(data)
     first = next(texts)
     from orchestration.tiny_models import build_tiny_base  # takes seconds: not before the rows can be read

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from common.console import run
+from model.hf_check import check_new_folder
 from pipeline.checkpoint.run_info import find_checkpoint
 
 
@@ -21,6 +22,7 @@ def main(
 ) -> None:
     """Writes a training checkpoint as a self-contained Hugging Face folder."""
     found = find_checkpoint(checkpoint)
+    check_new_folder(out)
     from pipeline.export_hf import export  # takes seconds: not before there is a checkpoint
 
     export(found, out)

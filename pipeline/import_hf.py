@@ -10,6 +10,7 @@ from typing import Annotated
 from typer import Option
 
 from common.console import UsageError, count_text, run
+from model.hf_check import check_new_folder
 from pipeline.data.templates import TEMPLATES, chat_template, end_of_answer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -44,6 +45,7 @@ def main(
             raise UsageError(f"{name} {value!r} must be one of {', '.join(allowed)}")
     if template not in TEMPLATES:
         raise UsageError(f"--template {template!r} must be one of {', '.join(TEMPLATES)}")
+    check_new_folder(out)
     # These take seconds: not before the options are known to be right
     import torch
 

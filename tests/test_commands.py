@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from glob import glob
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ MISTAKES = {
     "orchestration.demo": ("--out README.md", "README.md"),
     "orchestration.ray_train": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
     "orchestration.submit_check": ("--none", "No such option"),
-    "orchestration.tiny_base": ("--data none.json --out none", "none.json: No such file"),
+    "orchestration.tiny_base": ("--data none.json --out configs", "configs exists and is not empty"),
     "data_prep.shards": ("--data none.json --images tests --out none", "none.json: No such file"),
     "data_prep.verify": ("none", "none: no shards here"),
     "data_prep.report": ("none", "none: no shards here"),
@@ -68,3 +70,12 @@ def test_a_command_answers_before_it_imports_a_framework(said, module):
     assert (helped, refused) == (0, 2) and failed in (1, 2)
     assert "Usage: " in usage and "No such option: --none" in option
     assert expected in told and "Traceback" not in told
+
+
+@pytest.mark.skipif(bool(glob("/dev/nvidiactl")), reason="needs a machine without a GPU")
+def test_torch_is_told_of_no_cuda_toolkit_where_there_is_no_gpu():
+    """It looks for one, and warns of it, where both are unset (`_find_cuda_home` in torch/utils/cpp_extension.py)."""
+    show = '--eval=show: ; @echo "home=$$CUDA_HOME,path=$$CUDA_PATH,set=$$(env | grep -c ^CUDA_)"'
+    options: Any = {"env": {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/usr/local/cuda"}, "capture_output": True}
+    shown = subprocess.run(["make", show, "show"], cwd=ROOT, check=True, text=True, **options)
+    assert shown.stdout.strip() == "home=,path=,set=2"

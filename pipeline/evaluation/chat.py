@@ -14,7 +14,7 @@ from typer import Option
 
 from common.console import UsageError, plain, run
 from common.images import ImageError, load_image
-from model.export_check import check_export
+from model.hf_check import check_export
 
 
 def open_image(file: Path) -> Image.Image:

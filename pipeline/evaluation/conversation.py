@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from common.console import UsageError, count_text
-from model.export_check import check_export
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
+from model.hf_check import check_export
 from model.hf_read import load_export
 
 Message = dict[str, Any]

@@ -21,7 +21,7 @@ from common.files import Location, open_location, write_whole
 from data_prep.image_roots import ImageEntry, ImageRoots, open_images, split_name
 from data_prep.records import Refused, check_path
 from data_prep.source import open_rows
-from model.export_check import check_export
+from model.hf_check import check_export
 from pipeline.evaluation.questions import (
     EvaluationResult,
     Question,

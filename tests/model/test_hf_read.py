@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.export_check import check_export
+from model.hf_check import check_export
 from model.hf_read import (
     check_code,
     files_in_index,

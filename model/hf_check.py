@@ -1,4 +1,4 @@
-"""Tells an export from other folders, without a framework: what a wrong --model waits for."""
+"""What is asked of a Hugging Face folder before a framework is imported, so that a wrong name is told at once."""
 
 from pathlib import Path
 
@@ -18,3 +18,13 @@ def check_export(folder: Path) -> None:
         raise ValueError(f"{config}: model_type={kind!r} is not 'saisa'; --model takes a folder made by `make export`")
     if ".mm_projector." not in (folder / "model.safetensors.index.json").read_text():
         raise ValueError(f"{folder} is a base without projectors; train it, then talk to what `make export` makes")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Makes sure that a folder to write is not there, or empty.
+
+    Raises:
+        ValueError: it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
