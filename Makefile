@@ -63,7 +63,7 @@ lint: setup ## ruff and pyright
 
 shards: setup ## DATA=x.json IMAGES="dir-zip-or-url ..." OUT=dir-or-url [WORKERS=n]: rows (JSON, or Parquet with the images inside) to WebDataset tars, on Ray
 	$(call need,DATA OUT)
-	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach place,$(IMAGES),--images $(place)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+	$(PYTHON) -m data_prep.shards --data $(DATA) $(foreach root,$(IMAGES),--images $(root)) --out $(OUT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 verify: setup ## OUT=dir-or-url [WORKERS=n]: re-read every byte of a shard directory and name what is damaged
 	$(call need,OUT)

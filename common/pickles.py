@@ -10,7 +10,7 @@ type Globals = Mapping[tuple[str, str], Any]
 """What a pickle may name, by module and name, and what stands for it."""
 
 
-STRANGER = re.compile(r"GLOBAL ([\w.]+)")
+UNKNOWN_NAME = re.compile(r"GLOBAL ([\w.]+)")
 _Unpickler: Any = vars(pickle)["_Unpickler"]  # the one in Python: that in C has no `dispatch`
 
 
@@ -29,7 +29,7 @@ class DataUnpickler(_Unpickler):
         """Returns what a pickle names.
 
         Raises:
-            UnpicklingError: It is a stranger.
+            UnpicklingError: It is not one of `known`.
         """
         try:
             return self.known[module, name]
@@ -59,6 +59,6 @@ def read_pickle(stream: BinaryIO, known: Globals) -> Any:
 
 def tell(error: BaseException) -> str:
     """Returns what is wrong in one line; of what torch refuses to call, its name and not torch's advice to call it."""
-    if isinstance(error, pickle.UnpicklingError) and (stranger := STRANGER.search(str(error))):
-        return f"it names {stranger[1]}, which such a file has no use for"
+    if isinstance(error, pickle.UnpicklingError) and (unknown := UNKNOWN_NAME.search(str(error))):
+        return f"it names {unknown[1]}, which such a file has no use for"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -26,7 +26,7 @@ from data_prep.shard_names import check_shard_names
 FORMAT = "saisa-tar"
 AGAIN = "run the same `make shards` again"
 DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
-UNSEALED = "its bytes differ from its own SHA-256"
+DIFFERS_FROM_OWN = "its bytes differ from its own SHA-256"
 OWN_DIGEST = "own_sha256"
 END_BYTES = len(b'"\n}\n')  # what follows the digest of a file in itself
 
@@ -215,8 +215,8 @@ def _inspect_manifest(folder: Location) -> tuple[Manifest, str]:
     """Returns the manifest and, if it is not as it was written, what shows it."""
     data = read_listing(folder, "manifest.json")
     manifest = _parse(Manifest, folder / "manifest.json", data)
-    if manifest.version > 1 and not is_sealed(data):
-        return manifest, UNSEALED
+    if manifest.version > 1 and not has_own_digest(data):
+        return manifest, DIFFERS_FROM_OWN
     same = manifest.fingerprint == fingerprint(shard.sha256 for shard in manifest.shards)
     return manifest, "" if same else "its fingerprint is not that of its shards"
 
@@ -272,14 +272,14 @@ def identity_digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(pretty(identity)).hexdigest()
 
 
-def seal(content: dict[str, Any]) -> bytes:
+def with_own_digest(content: dict[str, Any]) -> bytes:
     """Returns the bytes of a listing that end with their own digest."""
     content = {key: value for key, value in content.items() if key != OWN_DIGEST}
     return pretty(content | {OWN_DIGEST: _own_digest(pretty(content | {OWN_DIGEST: "0" * 64}))})
 
 
-def is_sealed(data: bytes) -> bool:
-    """Whether every byte of a listing is as `seal` made it."""
+def has_own_digest(data: bytes) -> bool:
+    """Whether every byte of a listing is as `with_own_digest` made it."""
     return data[-64 - END_BYTES : -END_BYTES] == _own_digest(data).encode()
 
 

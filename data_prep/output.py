@@ -12,17 +12,17 @@ from typing import Any
 
 from common.files import Location, file_sizes, read_whole, remove, remove_parts, write_whole
 from data_prep.listings import (
+    DIFFERS_FROM_OWN,
     FORMAT,
     OWN_DIGEST,
-    UNSEALED,
     FileDigest,
     file_digest,
     fingerprint,
+    has_own_digest,
     identity_digest,
-    is_sealed,
     read_listings,
     read_manifest,
-    seal,
+    with_own_digest,
 )
 from data_prep.plan import Scan, differences
 from data_prep.records import Reject, json_bytes
@@ -79,8 +79,8 @@ def _read_plan(folder: Location, plan: dict) -> dict | None:
 def _parse_plan(data: bytes) -> dict:
     """Returns what a plan.json holds; that of version 1 has no digest of its own."""
     plan = json.loads(data)
-    if (OWN_DIGEST in plan or "identity" not in plan) and not is_sealed(data):
-        raise ValueError(UNSEALED)
+    if (OWN_DIGEST in plan or "identity" not in plan) and not has_own_digest(data):
+        raise ValueError(DIFFERS_FROM_OWN)
     return {"identity": {**plan["identity"]}, "modified_sha256": plan["modified_sha256"]}
 
 
@@ -100,8 +100,8 @@ def _bytes_of(file: Location) -> bytes | None:
 
 def write_plan(folder: Location, plan: dict) -> None:
     """Enters what the folder is made from, unless it is there."""
-    if _bytes_of(folder / "plan.json") != seal(plan):
-        write_whole(folder / "plan.json", seal(plan))
+    if _bytes_of(folder / "plan.json") != with_own_digest(plan):
+        write_whole(folder / "plan.json", with_own_digest(plan))
 
 
 def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def finished(folder: Location, plan: dict) -> dict[str, Any] | None:
 
     Work remains too where a listing is damaged, or of a version that has no checksums of listings.
     """
-    if _bytes_of(folder / "plan.json") != seal(plan):
+    if _bytes_of(folder / "plan.json") != with_own_digest(plan):
         return None
     try:
         manifest, index = read_listings(folder)
@@ -146,8 +146,8 @@ def finalize(folder: Location, plan: dict, summaries: Sequence[ShardSummary], sc
         **origin,
     }
     write_whole(folder / "index.json", index)
-    write_whole(folder / "manifest.json", sealed := seal(manifest))
-    return json.loads(sealed)
+    write_whole(folder / "manifest.json", data := with_own_digest(manifest))
+    return json.loads(data)
 
 
 def build_manifest(summaries: Sequence[ShardSummary], num_rows: int, num_rejected: int) -> dict:

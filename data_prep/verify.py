@@ -21,7 +21,7 @@ import typer
 from common.console import UsageError, build_console, count_text, run
 from common.files import Location, file_sizes, open_location, read_whole
 from data_prep import listings
-from data_prep.listings import AGAIN, DIFFERS, UNSEALED, Damage, Listings, Manifest, inspect_listings
+from data_prep.listings import AGAIN, DIFFERS, DIFFERS_FROM_OWN, Damage, Listings, Manifest, inspect_listings
 from data_prep.output import build_index, build_manifest
 from data_prep.reporting import Work, run_shown
 from data_prep.sidecars import ReadTask, ShardSummary
@@ -87,8 +87,8 @@ def check_listings(folder: Location, manifest: Manifest, damage: dict[str, str])
 
 def check_plan(data: bytes, manifest: Manifest) -> None:
     """Raises `Damage` where plan.json is not as it was written, or that of other shards."""
-    if manifest.version > 1 and not listings.is_sealed(data):
-        raise Damage(UNSEALED)
+    if manifest.version > 1 and not listings.has_own_digest(data):
+        raise Damage(DIFFERS_FROM_OWN)
     try:
         digest = listings.identity_digest(json.loads(data)["identity"])
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -38,7 +38,7 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
     try:
         for rank in range(num_processes):
             ours, theirs = context.Pipe(duplex=False)
-            variables = meeting_place(store, rank, num_processes)
+            variables = rendezvous(store, rank, num_processes)
             process = context.Process(target=_enter, args=(theirs, variables, function, args))
             process.start()
             processes.append(process)
@@ -68,7 +68,7 @@ def new_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def meeting_place(store: TCPStore, rank: int, num_processes: int) -> dict[str, str]:
+def rendezvous(store: TCPStore, rank: int, num_processes: int) -> dict[str, str]:
     """Returns the variables by which torchrun tells a process who it is and where the others are."""
     return {
         "RANK": str(rank),

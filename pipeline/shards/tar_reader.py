@@ -89,7 +89,7 @@ class TarReader(SplitReader):
         return self._parse_sidecar(text)
 
     def _parse_sidecar(self, text: bytes) -> dict[str, Any]:
-        """Returns a sidecar that says where `samples` samples lie within the tar: its hash may be a stranger's too."""
+        """Returns a sidecar that says where `samples` samples lie within the tar: its hash may be made up too."""
         try:
             sidecar = parse_json(text)
             keys, slots = sidecar["keys"], _slots_of(sidecar)

@@ -102,7 +102,7 @@ def test_what_is_missing_is_written_again_and_nothing_else(whole, shard, s3: Buc
     shard()
     before = s3.files("out")
     s3.delete("out/shard-000000.tar")
-    s3.delete("out/shard-000002.json")  # as if the run had ended between the tar and its receipt
+    s3.delete("out/shard-000002.json")  # as if the run had ended between the tar and its sidecar
     s3.put("out/shard-000003.tar", whole["shard-000003.tar"][:-1] + b"\1")
     with s3.server.watched() as requests:
         shard()

@@ -15,7 +15,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from data_prep import verify, verify_shard
-from data_prep.listings import ShardEntry, file_digest, inspect_listings, read_listings, seal
+from data_prep.listings import ShardEntry, file_digest, inspect_listings, read_listings, with_own_digest
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
 from data_prep.sidecars import ReadTask
@@ -287,21 +287,21 @@ def edited_index(shards: Shards) -> list[str]:
     return [f"index.json: {DIFFERS}", f"index.json: shards {name} size_limit is 700, the shards give {was}"]
 
 
-def resealed(change: Callable[[Shards], list[str]]) -> Callable[[Shards], list[str]]:
+def with_new_digests(change: Callable[[Shards], list[str]]) -> Callable[[Shards], list[str]]:
     """Returns a change after which every listing has its digest: as if it had been written so."""
 
     def damage(shards: Shards) -> list[str]:
         lines = change(shards)
         manifest = json.loads((shards.out / "manifest.json").read_text())
         manifest["index"] = file_digest((shards.out / "index.json").read_bytes()).model_dump()
-        (shards.out / "manifest.json").write_bytes(seal(manifest))
+        (shards.out / "manifest.json").write_bytes(with_own_digest(manifest))
         return [line for line in lines if line != OWN and not line.endswith(DIFFERS)]
 
     return damage
 
 
-def resealed_fingerprint(shards: Shards) -> list[str]:
-    return ["manifest.json: its fingerprint is not that of its shards", *resealed(edited_fingerprint)(shards)]
+def new_digests_of_another_fingerprint(shards: Shards) -> list[str]:
+    return ["manifest.json: its fingerprint is not that of its shards", *with_new_digests(edited_fingerprint)(shards)]
 
 
 REJECTS_DIFFER = f"rejects.jsonl: {DIFFERS}"
@@ -315,17 +315,17 @@ def damaged_plan(shards: Shards) -> list[str]:
 def other_plan(shards: Shards) -> list[str]:
     """It is whole, but of another run."""
     plan = json.loads((shards.out / "plan.json").read_text())
-    (shards.out / "plan.json").write_bytes(seal(plan | {"identity": plan["identity"] | {"seed": 7}}))
+    (shards.out / "plan.json").write_bytes(with_own_digest(plan | {"identity": plan["identity"] | {"seed": 7}}))
     return ["plan.json: is not that of these shards"]
 
 
 def plan_of_nothing(shards: Shards) -> list[str]:
-    (shards.out / "plan.json").write_bytes(seal({"identity": None}))
+    (shards.out / "plan.json").write_bytes(with_own_digest({"identity": None}))
     return ["plan.json: is not that of these shards"]
 
 
 def plan_that_does_not_say(shards: Shards) -> list[str]:
-    (shards.out / "plan.json").write_bytes(seal({"version": 2}))
+    (shards.out / "plan.json").write_bytes(with_own_digest({"version": 2}))
     return ["plan.json: is not that of these shards"]
 
 
@@ -401,11 +401,11 @@ def missing_rejects(shards: Shards) -> list[str]:
         cut_rejects,
         edited_size_of_rejects_and_a_missing_sidecar,
         edited_counts_of_rejects,
-        resealed(edited_count),
-        resealed(edited_images_of_a_shard),
-        resealed_fingerprint,
-        resealed(edited_index),
-        resealed(edited_counts_of_rejects),
+        with_new_digests(edited_count),
+        with_new_digests(edited_images_of_a_shard),
+        new_digests_of_another_fingerprint,
+        with_new_digests(edited_index),
+        with_new_digests(edited_counts_of_rejects),
         missing_rejects,
         damaged_plan,
         other_plan,
@@ -499,7 +499,7 @@ def test_listings_of_different_shards_are_refused(shards: Shards) -> None:
     """Both are whole: index.json is of other shards, and so says the manifest."""
     index = json.loads((shards.out / "index.json").read_text())
     (shards.out / "index.json").write_text(json.dumps(index | {"shards": index["shards"][1:]}))
-    resealed(lambda _: [])(shards)
+    with_new_digests(lambda _: [])(shards)
     wrong = r"manifest\.json or index\.json is damaged \(they list different shards\); delete both and run the same"
     with pytest.raises(ValueError, match=wrong):
         verify_shards(shards.out)

@@ -1,7 +1,7 @@
 """Damages listings and checkpoints at random and reads them: refused in one line or read, nothing outside touched.
 
 `tests/pipeline/test_fuzz.py` does it a few hundred times, in `make soak` some thousands. What was redone after the
-damage, digests and fingerprint, is as a stranger would do it, who wants it to be believed.
+damage, digests and fingerprint, is as somebody would do it who wants it to be believed.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from shutil import copytree, rmtree
 
 import torch
 
-from data_prep.listings import file_digest, fingerprint, seal
+from data_prep.listings import file_digest, fingerprint, with_own_digest
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.shards.shard_set import ShardSet
 from tests.watch import snapshot
@@ -46,16 +46,16 @@ def mutate_value(value: object, rng: random.Random) -> object:
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     """Returns bytes of which some are changed, cut off or put in."""
-    changed, place = bytearray(data), rng.randrange(len(data))
+    changed, offset = bytearray(data), rng.randrange(len(data))
     kind = rng.randrange(4)
     if kind == 0:
-        changed[place] ^= 1 << rng.randrange(8)
+        changed[offset] ^= 1 << rng.randrange(8)
     elif kind == 1:
-        del changed[place:]
+        del changed[offset:]
     elif kind == 2:
-        changed[place:place] = rng.randbytes(rng.randrange(1, 40))
+        changed[offset:offset] = rng.randbytes(rng.randrange(1, 40))
     else:
-        changed[place : place + rng.randrange(1, 40)] = rng.randbytes(20)
+        changed[offset : offset + rng.randrange(1, 40)] = rng.randbytes(20)
     return bytes(changed)
 
 
@@ -116,7 +116,7 @@ def believe_listings(out: Path) -> None:
         data = json.dumps(index).encode()
         manifest["index"] = file_digest(data).model_dump()
         (out / "index.json").write_bytes(data)
-        (out / "manifest.json").write_bytes(seal(manifest))
+        (out / "manifest.json").write_bytes(with_own_digest(manifest))
     except (ValueError, LookupError, TypeError, AttributeError, OSError):
         pass  # too broken for its author too
 

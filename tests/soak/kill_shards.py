@@ -54,7 +54,7 @@ def main() -> None:
         whole, arguments = Path(name, "whole"), make_data(Path(name, "data"), NUM_ROWS)
         undisturbed = run_to_end(command(arguments, whole))
         assert undisturbed.returncode == 0, undisturbed.stderr
-        assert sample_keys(whole) == [f"{place:09d}" for place in range(NUM_ROWS)]
+        assert sample_keys(whole) == [f"{position:09d}" for position in range(NUM_ROWS)]
         while (num_kills := events.total() - events[LATE]) < options.kills:
             out = Path(name, f"out-{num_folders}")
             for event in disturbed(arguments, out, victims, chance):
@@ -120,7 +120,7 @@ def differences(whole: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
             lines.append(f"{name}: {'left behind' if expected is None else 'missing'}")
         elif expected != got:
             pairs = enumerate(zip(expected, got, strict=False))
-            at = next((place for place, (a, b) in pairs if a != b), min(len(expected), len(got)))
+            at = next((position for position, (a, b) in pairs if a != b), min(len(expected), len(got)))
             start = max(0, at - 60)
             lines.append(f"{name}, byte {at}: {expected[start : at + 60]} became {got[start : at + 60]}")
     return lines

@@ -10,7 +10,7 @@ from shutil import copytree
 import pytest
 
 from common.paths import within
-from data_prep.listings import file_digest, seal
+from data_prep.listings import file_digest, with_own_digest
 from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.shard_set import ShardSet
 from tests.watch import snapshot
@@ -47,7 +47,7 @@ def hostile_store(store: Path, out: Path, number: int, kind: str, name: str) -> 
     manifest["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
     (out / "index.json").write_text(json.dumps(index))
     manifest["index"] = file_digest((out / "index.json").read_bytes()).model_dump()
-    (out / "manifest.json").write_bytes(seal(manifest))
+    (out / "manifest.json").write_bytes(with_own_digest(manifest))
     if not (there := Path(f"{out}/{name}")).exists():
         there.parent.mkdir(parents=True, exist_ok=True)
         there.write_bytes(data)
@@ -71,7 +71,7 @@ def test_a_listing_that_names_another_file_is_refused_by_name(shard_folder, tmp_
 def test_a_fingerprint_names_a_folder_of_the_cache(shard_folder, tmp_path, victim):
     store = copytree(shard_folder, tmp_path / "store")
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_bytes(seal(manifest | {"fingerprint": "../home"}))
+    (store / "manifest.json").write_bytes(with_own_digest(manifest | {"fingerprint": "../home"}))
     with pytest.raises(ValueError, match="fingerprint"):
         ShardSet(f"file://{store}", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -11,7 +11,7 @@ from streaming import StreamingDataset
 from streaming.base.stream import streams_registry
 from streaming.base.util import clean_stale_shared_memory
 
-from data_prep.listings import FORMAT, file_digest, read_listings, seal
+from data_prep.listings import FORMAT, file_digest, read_listings, with_own_digest
 from data_prep.tar_writer import tar_sample
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.tar_reader import record_end, split_members
@@ -70,7 +70,7 @@ def change(folder: Path, name: str, changes: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["index"] = file_digest((folder / "index.json").read_bytes()).model_dump()
-    (folder / "manifest.json").write_bytes(seal(manifest))
+    (folder / "manifest.json").write_bytes(with_own_digest(manifest))
 
 
 def test_listings_must_agree(shard_folder, tmp_path):
