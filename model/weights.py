@@ -35,16 +35,24 @@ class Entry:
 
     Several tensors stand together along dim 0, one slice of each in turn, `num_groups` times: once for a gated FFN
     (all gates, then all ups), once per key/value head for keys and values. `num_rows` is how many rows of ours are
-    real, where a vocabulary is filled up; an export has more, for the image token, which no text can be.
+    real, where a vocabulary is filled up; an export has `num_image_rows` more, for the image token.
     """
 
     ours: str
     theirs: tuple[str, ...]
     num_groups: int = 1
     num_rows: int | None = None
+    num_image_rows: int = 0
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Returns our parameter, made of their tensors."""
+        """Returns our parameter, made of their tensors.
+
+        Raises:
+            ValueError: They have another number of rows than the configuration says.
+        """
+        if self.num_rows is not None and (num_rows := parts[0].shape[0]) != self.num_rows + self.num_image_rows:
+            expected = f"{self.num_rows + self.num_image_rows:,} (vocab_size)"
+            raise ValueError(f"weight {self.theirs[0]} has {num_rows:,} rows, but config.json says {expected}")
         if len(parts) == 1:
             return parts[0][: self.num_rows]
         return torch.cat([part.unflatten(0, (self.num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -57,14 +65,20 @@ class Entry:
         return [chunk.flatten(0, 1) for chunk in chunks]
 
 
-def name_table(model: ModelConfig) -> list[Entry]:
-    """Returns an entry for every parameter of a model with one projector per layer."""
+def name_table(model: ModelConfig, num_image_rows: int = 0) -> list[Entry]:
+    """Returns an entry for every parameter of a model with one projector per layer.
+
+    Args:
+        model: The model.
+        num_image_rows: How many rows their vocabulary has beyond the model's, if they are an export's.
+    """
+    rows: dict[str, Any] = {"num_rows": model.vocab_size, "num_image_rows": num_image_rows}
     entries = [
-        Entry("embedding.weight", ("model.embed_tokens.weight",), num_rows=model.vocab_size),
+        Entry("embedding.weight", ("model.embed_tokens.weight",), **rows),
         Entry("final_norm.weight", ("model.norm.weight",)),
     ]
     if not model.tie_embeddings:
-        entries.append(Entry("output.weight", ("lm_head.weight",), num_rows=model.vocab_size))
+        entries.append(Entry("output.weight", ("lm_head.weight",), **rows))
     kinds = ("weight", "bias") if model.qkv_bias else ("weight",)
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
@@ -114,7 +128,11 @@ def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Nam
 
 
 def from_hf(tensors: Iterable[Named], table: list[Entry]) -> Iterator[Named]:
-    """Yields our parameters as soon as the tensors each is made of have come by; others are passed over."""
+    """Yields our parameters as soon as the tensors each is made of have come by; others are passed over.
+
+    Raises:
+        ValueError: A vocabulary has another size than the table says.
+    """
     owner = {name: entry for entry in table for name in entry.theirs}
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:

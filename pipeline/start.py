@@ -53,7 +53,8 @@ def initial_parameters(config: RunConfig, model: SaisaModel, tp_group: ProcessGr
         ValueError: weights are missing or do not fit, or the named run has no checkpoint.
     """
     here = {name for name, _ in model.named_parameters()}
-    table = [entry for entry in name_table(config.model) if entry.ours in here]
+    num_image_rows = load_config(config.init.base).num_image_rows
+    table = [entry for entry in name_table(config.model, num_image_rows) if entry.ours in here]
     wanted = {name for entry in table for name in entry.theirs}
     stored = read_safetensors(config.init.base, lambda name: name in wanted)
     tensors = chain(from_hf(stored, table), _projectors(config))

@@ -35,8 +35,20 @@ def test_what_fills_up_a_vocabulary_stays_here():
 def test_the_row_that_an_export_adds_stays_there():
     model = tiny()
     rows = torch.arange(model.vocab_size + 1.0)[:, None]
-    ((_, ours),) = from_hf([("lm_head.weight", rows)], name_table(model))
+    ((_, ours),) = from_hf([("lm_head.weight", rows)], name_table(model, num_image_rows=1))
     assert torch.equal(ours, rows[:-1])
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("num_more", [-1, 1])
+def test_a_vocabulary_of_another_size_is_neither_cut_nor_filled_up(name: str, num_more: int):
+    model = tiny()
+    weights = [(name, torch.zeros(model.vocab_size + num_more, 1))]
+    wrong = (
+        rf"weight {name} has {model.vocab_size + num_more} rows, but config.json says {model.vocab_size} \(vocab_size\)"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        list(from_hf(weights, name_table(model)))
 
 
 def test_stage_2_starts_from_n_copies_of_the_shared_projector():
