@@ -26,6 +26,11 @@ JPEG_QUALITY = 90
 MODES_OF_EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "La", "RGBa")
 
 
+def is_left_as_bytes(image_format: str) -> bool:
+    """Returns whether plain webdataset readers do not decode images of a format."""
+    return ImageInfo(image_format, 0, 0).extension not in WEBDATASET_EXTENSIONS
+
+
 class ImageInfo(NamedTuple):
     """What an image has been shown to be."""
 

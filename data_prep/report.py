@@ -24,6 +24,7 @@ from rich.console import Console
 from common.console import UsageError, build_console, count_text, run
 from common.files import Location, open_file, open_location, write_whole
 from common.pages import render_page
+from data_prep.image_check import is_left_as_bytes
 from data_prep.listings import AGAIN, Entry, Manifest, ShardEntry, read_manifest
 from data_prep.report_shard import Card, read_shard
 from data_prep.report_stats import NO_FOLDER, PERCENTS, Stats, bars, merge, percentile, ranked, shown
@@ -148,7 +149,7 @@ def render(
         num_shrunk=stats.get("shrunk", Counter()).total(),
         sources=sources[:MAX_SOURCES],
         num_more_sources=len(sources[MAX_SOURCES:]),
-        formats=ranked(stats.get("format", Counter())),
+        formats=[(*each, is_left_as_bytes(each[0])) for each in ranked(stats.get("format", Counter()))],
         charts=[chart(stats[name], title, meaning, unit) for name, title, meaning, unit in HISTOGRAMS if name in stats],
         rejects=rejects,
         cards=cards,

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from common.console import build_progress, count_text
-from data_prep.image_check import WEBDATASET_EXTENSIONS, ImageInfo
+from data_prep.image_check import is_left_as_bytes
 from data_prep.plan import Plan
 from data_prep.records import DUPLICATE, Reject
 
@@ -121,7 +121,7 @@ def notes_text(notes: dict[str, tuple[int, str]], formats: Counter) -> str:
         noun, _, rest = note.partition(" ")
         lines.append(f"{count_text(count, noun)} {rest}, such as {example}")
     for name, count in sorted(formats.items()):
-        if ImageInfo(name, 0, 0).extension not in WEBDATASET_EXTENSIONS:
+        if is_left_as_bytes(name):
             lines.append(
                 f"{count_text(count, 'image')} in the format {name}, which webdataset's own decoder leaves as bytes"
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from upath import UPath
+from webdataset.autodecode import imagehandler
 
 from data_prep.listings import read_manifest
 from data_prep.plan import Settings
@@ -214,6 +215,22 @@ def test_images_that_do_not_decode_are_said_to_be_so(dataset, tmp_path: Path) ->
     assert bad.keys() == {0, 27, 28, 29} and bad[0] == [None] and bad[27][1] is not None
     assert run_cli(tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "report.html").read_text().count("does not decode") == 4
+
+
+def test_formats_that_plain_readers_do_not_decode_are_marked(dataset, tmp_path: Path) -> None:
+    """What webdataset's own decoder says of files with these names."""
+    files = {"AVIF": "avif", "JPEG2000": "jp2", "QOI": "qoi"}
+    for kind, path in zip(files, sorted(dataset.images.glob("*.png")), strict=False):
+        Image.new("RGB", (20, 20)).save(path, kind)
+    make_shards(dataset.data, dataset.images, tmp_path / "out", Settings())
+    assert run_cli(tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    marked = re.findall(r"<td>(\w+) <span class=\"quiet\">\(left as bytes by webdataset's own decoder\)", text)
+    stream = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(stream, "PNG")
+    decode = imagehandler("pil")
+    assert {*marked} == {kind for kind, name in files.items() if decode(f"a.{name}", stream.getvalue()) is None}
+    assert {*marked} == {"AVIF", "QOI"} and "<td>JPEG2000</td>" in text
 
 
 @pytest.mark.parametrize(
