@@ -102,6 +102,12 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: not a training checkpoint (no info.json); remove it, or name another")
     info = read_json_object(within(checkpoint, file.name), "name another checkpoint")
     objects = all(isinstance(info.get(name), dict) for name in ("run", "config"))
+    if objects and "stage" in info["run"] and "phase" not in info["run"]:
+        was = f"`stage={info['run']['stage']}`"
+        raise ValueError(
+            f"{file}: written by an older version, which has {was} where this one has `phase`; "
+            "export it with the version that wrote it and use that as init.base, or name another checkpoint"
+        )
     if not (objects and isinstance(info.get("step"), int) and isinstance(info["run"].get("phase"), str)):
         raise ValueError(f"{file}: not written by this project, or damaged; name another checkpoint")
     return info

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.run_info import check_run, describe_run
+from pipeline.checkpoint.run_info import check_run, describe_run, read_info
 
 FREE = {
     *("run_dir", "init.base", "data.shards", "init.projector"),  # their contents count, not where they lie
@@ -90,3 +90,12 @@ def test_a_checkpoint_from_before_a_setting_says_so(fp8_config):
         check_run(Path("step"), {"run": old}, run)
     with pytest.raises(ValueError, match=r"another run: seed was 8, is 7\. Use the same settings"):
         check_run(Path("step"), {"run": old | {"seed": 8}}, run)
+
+
+def test_a_checkpoint_from_before_phases_were_called_so_says_what_to_do(tmp_path):
+    (tmp_path / "info.json").write_text('{"run": {"stage": "pretrain"}, "config": {"stage": "pretrain"}, "step": 3}')
+    with pytest.raises(ValueError, match=r"older version, which has `stage=pretrain` where .* `phase`; export it with"):
+        read_info(tmp_path)
+    (tmp_path / "info.json").write_text('{"run": {"stage": "pretrain"}, "config": 3, "step": 3}')
+    with pytest.raises(ValueError, match="not written by this project, or damaged"):
+        read_info(tmp_path)
