@@ -2,12 +2,14 @@
 
 from collections import Counter
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.console import describe
+from pipeline import loop
 from pipeline.bad_samples import FILE, BadSample, check_bad_samples, read_bad_samples
 from pipeline.config import RunConfig
 from pipeline.data import batches
@@ -15,6 +17,7 @@ from pipeline.data.batches import BatchSource
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.loop import train
 from pipeline.metrics import read_metrics
+from pipeline.step import train_step
 from tests.full_disk import no_file_larger_than
 from tests.pipeline.test_parallel import assert_same_run
 from tests.processes import run_together
@@ -22,10 +25,10 @@ from tests.processes import run_together
 BAD = 2  # of the samples of the first step that have an image, the first two
 
 
-def with_bad_images(config: RunConfig, skip: bool) -> None:
+def with_bad_images(config: RunConfig, skip: bool, num_later: int = 0, killed_at: int | None = None) -> None:
     """Trains where two samples have a bad image, or (`skip`) where the table says of them that they have no text.
 
-    Of those that stand in the first step twice, if any do.
+    Of those that stand in the first step twice, if any do; and so `num_later` of the second step alone.
     """
     real = BatchSource.__init__
 
@@ -34,6 +37,8 @@ def with_bad_images(config: RunConfig, skip: bool) -> None:
         table = self.schedule.table
         drawn = Counter(n for n in self.schedule.samples(0).tolist() if table.column("num_images")[n])
         numbers = [number for number, _ in drawn.most_common(BAD)]
+        later = (n for n in self.schedule.samples(1).tolist() if table.column("num_images")[n] and n not in drawn)
+        numbers += list(islice(later, num_later))
         if skip:
             table.values[numbers] = 0
             table.problems.update((number, "left out") for number in numbers)
@@ -45,7 +50,13 @@ def with_bad_images(config: RunConfig, skip: bool) -> None:
         sample, stored = real_read(self, number)
         return sample, [image._replace(data=image.data[:60]) if number in self.bad else image for image in stored]
 
+    def step(state, batch, wait_seconds):
+        if batch.step == killed_at:
+            raise RuntimeError("killed")
+        return train_step(state, batch, wait_seconds)
+
     patch = pytest.MonkeyPatch()
+    patch.setattr(loop, "train_step", step)
     patch.setattr(BatchSource, "__init__", init)
     patch.setattr(batches.BatchSource, "_read", read)
     try:
@@ -95,6 +106,24 @@ def test_a_bad_sample_that_a_batch_holds_twice_counts_twice_there_and_once_in_th
     for name in ("num_samples", "num_targets"):
         assert [step[name] for step in steps] == [step[name] for step in without]
     assert (found.run_dir / FILE).read_text().count("\n") == BAD
+
+
+def test_a_restart_remembers_what_the_run_has_met_on_every_rank(deep_stage2, tmp_path):
+    """Two were met before the kill; the third, after it, is one too many, and no more when three are allowed."""
+    expected = settings(deep_stage2, tmp_path / "expected", 0)
+    with_bad_images(expected, True, 1)
+    found = settings(deep_stage2, tmp_path / "found", BAD, tp=2)
+    found = found.model_copy(update={"checkpoint": found.checkpoint.model_copy(update={"save_every_steps": 1})})
+    with pytest.raises(RuntimeError, match="killed"):
+        run_together(2, with_bad_images, found, False, 1, 1)
+    with pytest.raises(RuntimeError) as caught:
+        run_together(2, with_bad_images, found, False, 1)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("ValueError: step 2: ")]
+    assert len(lines) == 2 and all("with it 3 samples are bad, and data.max_bad_samples=2." in line for line in lines)
+    run_together(2, with_bad_images, settings(found, found.run_dir, BAD + 1, tp=2), False, 1)
+    assert [step["num_bad_samples"] for step in read_metrics(found.run_dir)] == [BAD, 1]
+    assert (found.run_dir / FILE).read_text().count("\n") == BAD + 1
+    assert_same_run(found, expected)
 
 
 def initialized(function) -> str:
