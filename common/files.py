@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from upath import UPath
 from upath.implementations.cloud import AzurePath, GCSPath, S3Path
 
-from common.write_errors import os_error_in
+from common.write_errors import NO_ROOM, os_error_in
 
 type Location = Path | UPath
 """A local path, or one in a store; both have the methods of `pathlib.Path`."""
@@ -213,7 +213,12 @@ def local_copy(path: Location) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="saisa-") as folder:
         copy = Path(folder, path.name)
         with named_errors(path):
-            path.fs.get_file(path.path, str(copy))
+            try:
+                path.fs.get_file(path.path, str(copy))
+            except OSError as error:
+                if error.errno in NO_ROOM:  # here and not in the store
+                    raise OSError(error.errno, error.strerror, folder) from error
+                raise
         yield copy
 
 

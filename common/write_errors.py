@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers end their messages
 
 
@@ -36,6 +37,8 @@ def way_out(error: OSError) -> str:
         return "; no file may be that large there: raise the limit (see `ulimit -f`), then start again"
     if error.errno == errno.EROFS:
         return "; mount it for writing, or name another folder"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "; give this user the right to it (see `ls -ld`), then start again"
     return ""
 
 

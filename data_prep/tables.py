@@ -16,6 +16,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,16 +144,16 @@ class Spool:
     def __init__(self, folder: Path, keep_images: bool = True) -> None:
         """Opens files in an empty folder; without `keep_images` no image is written, only found."""
         self.rows, self.images, self.keep_images = folder / "rows.jsonl", folder / "images", keep_images
-        self._files = [(folder / name).open("w+b") for name in ("rows.jsonl", "images", "places.jsonl")]
+        self._files = [(folder / name).open("w+b") for name in ("rows.jsonl", "images", "slots.jsonl")]
         self._starts, self._num_image_bytes = array("q"), 0
-        self._held = (-1, {})  # the places of the row that was added or asked for last
+        self._held = (-1, {})  # where the images lie of the row that was added or asked for last
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def add(self, row: dict[str, Any]) -> Row:
         """Returns a row as it lies here now."""
-        rows, images, places = self._files
+        rows, images, slots = self._files
         value, data_of = take_images(row)
         text, found = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace"), {}
         index, start = len(self._starts), rows.tell()
@@ -163,8 +164,8 @@ class Spool:
                 if self.keep_images:
                     images.write(data)
             rows.write(text + b"\n")
-            self._starts.append(places.tell())
-            places.write(json.dumps(found).encode() + b"\n")
+            self._starts.append(slots.tell())
+            slots.write(json.dumps(found).encode() + b"\n")
         self._held = (index, found)
         return Row(index, start, len(text), json.loads(text))
 
@@ -177,12 +178,14 @@ class Spool:
     def find(self, index: int, path: str) -> ImageEntry | None:
         """Returns where the image is that a row brought along under a path, None if it brought no such image."""
         if self._held[0] != index:
-            self._files[2].seek(self._starts[index])
-            self._held = (index, json.loads(self._files[2].readline()))
-        place = self._held[1].get(path)
-        return place and ImageEntry(path, str(self.images), place[1], 0, offset=place[0])
+            with named_errors(self.images):
+                self._files[2].seek(self._starts[index])
+                self._held = (index, json.loads(self._files[2].readline()))
+        slot = self._held[1].get(path)
+        return slot and ImageEntry(path, str(self.images), slot[1], 0, offset=slot[0])
 
     def close(self) -> None:
-        """Closes the files."""
-        for file in self._files:
-            file.close()
+        """Closes the files, which writes what they still hold."""
+        with named_errors(self.images), ExitStack() as closed:
+            for file in self._files:
+                closed.callback(file.close)

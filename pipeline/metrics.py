@@ -7,6 +7,7 @@ their rate over what the chip's tensor cores do in bf16, also under FP8.
 import importlib
 import json
 import resource
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any, Self
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from common.console import UsageError, build_console, build_progress
@@ -129,6 +131,7 @@ class MetricsLog:
         with named_errors(run_dir / "tensorboard"):
             purge = self.first_step + 1
             self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=purge) if config.tensorboard else None
+        self.excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self.wandb = start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
         self.peak_tflops = peak_tflops(config)
         self.started = time.monotonic()
@@ -144,6 +147,7 @@ class MetricsLog:
         if self.tensorboard:
             with self._failures("tensorboard"):
                 self.tensorboard.close()
+        threading.excepthook = self.excepthook
         if self.wandb:
             self.wandb.finish()
 
@@ -159,6 +163,14 @@ class MetricsLog:
                 yield
         except OSError as error:
             self.failure = self.failure or error
+
+    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Keeps what TensorBoard's thread could not write, of which Python would print the traceback."""
+        if isinstance(failed.exc_value, OSError) and type(failed.thread).__module__ == event_file_writer.__name__:
+            with self._failures("tensorboard"):
+                raise failed.exc_value
+        else:
+            self.excepthook(failed)
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one finished step."""

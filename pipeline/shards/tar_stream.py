@@ -23,6 +23,7 @@ from streaming.base.util import retry
 from streaming.base.world import World
 
 from common.files import open_location
+from common.write_errors import NO_ROOM
 from data_prep.listings import FORMAT, Index, Manifest, read_listings
 from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.tar_reader import DamagedShard, OpenFile, TarReader, open_whole
@@ -140,6 +141,8 @@ class TarStream(Stream):
         except Exception as error:  # every kind of store has errors of its own
             number = getattr(error, "errno", None) or errno.EIO
             told = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if number in NO_ROOM:
+                raise OSError(number, f"{info.basename} cannot be fetched into it: {told}", self.local) from error
             raise OSError(number, f"cannot be fetched into {self.local}: {told}", remote) from error
 
 

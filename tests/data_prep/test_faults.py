@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import tempfile
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,11 +15,12 @@ import psutil
 import pytest
 from ray._private.utils import validate_socket_filepath
 
-from common.console import UsageError
-from common.files import locked, open_location, whole_file, write_whole
+from common.console import UsageError, describe
+from common.files import local_copy, locked, open_location, whole_file, write_whole
 from data_prep import runner
 from data_prep.plan import Settings
 from data_prep.shards import make_shards
+from data_prep.tables import Spool
 from tests.full_disk import no_file_larger_than
 from tests.kills import (
     MOST_STARTS,
@@ -138,6 +140,23 @@ def test_a_file_that_cannot_grow_is_named_and_its_predecessor_kept(tmp_path: Pat
             file.write(bytes(200_000))
     assert here.value.filename == str(path) and there.value.filename == tempfile.gettempdir()
     assert contents(tmp_path) == {"a.tar": b"old"} and not store.exists()
+
+
+def test_a_temporary_folder_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of tables are laid down there, which is known at the latest when they are closed; so are copies of JSON."""
+    row = {"conversations": [{"from": "human", "value": "x" * 2000}]}
+    for use in (Spool.flush, lambda spool: spool.find(0, "a"), lambda spool: None):
+        with no_file_larger_than(1000), pytest.raises(OSError) as full, closing(Spool(tmp_path)) as spool:
+            spool.add({**row, "image": {"path": "a", "bytes": b"x"}})
+            spool.add(row)
+            use(spool)
+        assert describe(full.value).startswith(f"{tmp_path}/images: File too large; ")
+    store = open_location("memory://faults/rows.json")
+    write_whole(store, bytes(2000))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with no_file_larger_than(1000), pytest.raises(OSError) as full, local_copy(store):
+        pass
+    assert describe(full.value).startswith(f"{tmp_path}/saisa-") and "File too large; " in describe(full.value)
 
 
 def test_a_late_ray_is_told_and_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

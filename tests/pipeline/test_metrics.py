@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -52,17 +54,24 @@ def test_a_line_that_found_no_room_is_written_with_the_next(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_so_is_what_tensorboard_cannot_write(tmp_path):
+@pytest.mark.parametrize("num_steps", [1, 40])
+def test_so_is_what_tensorboard_cannot_write_without_a_traceback_of_its_thread(tmp_path, monkeypatch, num_steps):
+    """After the last step nobody asks the thread until it is closed."""
+    printed: list = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
-    with MetricsLog(tmp_path, LogConfig(), first_step=0, num_steps=90, is_first_rank=True) as log:
+    with ExitStack() as full, MetricsLog(tmp_path, LogConfig(), 0, num_steps=90, is_first_rank=True) as log:
+        for step in range(1, 31):
+            log.step(metrics(step, 0.5))
         assert log.tensorboard is not None
         log.tensorboard.flush()
-        with no_file_larger_than(5000):
-            for step in range(1, 40):
-                log.step(metrics(step, 0.5))
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        full.enter_context(no_file_larger_than(events.stat().st_size + 10))
+        for step in range(31, 31 + num_steps):
+            log.step(metrics(step, 0.5))
     with pytest.raises(OSError, match="File too large: '.*/tensorboard'"):
         log.check()
+    assert not printed and threading.excepthook == printed.append
 
 
 def test_plain_lines_tell_progress_where_there_is_no_terminal(tmp_path, capsys):

@@ -24,7 +24,7 @@ from pipeline.checkpoint.run_info import describe_run, find_checkpoint, read_inf
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.state import build
-from tests.full_disk import mount_small_disk, no_file_larger_than
+from tests.full_disk import mount_small_disk, no_file_larger_than, obey_permissions
 from tests.processes import run_together
 
 
@@ -146,6 +146,30 @@ def test_a_full_disk_is_said_and_left_with_room(stage2, tmp_path, in_background,
     else:
         free = r"it takes 400.0 kB; 20\d.\d kB are free in \S*/checkpoints: make room, then start again"
         assert re.search(rf"No space left on device \(\S*/__0_0.distcp\); {free}", said), said
+
+
+def save_where_writing_is_forbidden(folder, run, in_background: bool) -> str:
+    """Returns what is said of a second checkpoint, before which somebody takes the right to write."""
+    obey_permissions()
+    initialize_distributed()
+    state = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(2))}
+    with pytest.raises(OSError) as error, writer(folder, run, in_background) as checkpoints:
+        checkpoints.save(3, state)
+        checkpoints.poll(wait=True)
+        (folder / "checkpoints").chmod(0o555)
+        checkpoints.save(6, state)
+    (folder / "checkpoints").chmod(0o755)
+    shutdown_distributed()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_folder_that_may_not_be_written_any_more_is_one_line(stage2, tmp_path, in_background):
+    run = describe_run(stage2, ["shards"], 6)
+    (said,) = run_together(1, save_where_writing_is_forbidden, tmp_path, run, in_background)
+    assert said.startswith(f"{tmp_path}/checkpoints/step-00000006 could not be written: Permission denied")
+    assert said.endswith("step-00000003 is whole, the run goes on from there")
+    assert "give this user the right to it" in said and os.listdir(tmp_path / "checkpoints") == ["step-00000003"]
 
 
 def test_a_folder_that_cannot_be_removed_does_not_end_a_run(run, tmp_path, monkeypatch):

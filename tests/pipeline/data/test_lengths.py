@@ -1,5 +1,6 @@
 """The length table: what encoding gives, computed once, found again, and never another's."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -8,10 +9,12 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from common.console import describe
 from pipeline.data import lengths, probes, samples, templates
 from pipeline.data.lengths import Encoding, LengthTable, join, length_table, measure
 from pipeline.data.samples import build_sample
 from pipeline.shards.shard_set import ShardSet
+from tests.full_disk import no_file_larger_than
 
 QUIET = Console(quiet=True)
 
@@ -42,6 +45,13 @@ def test_a_table_is_computed_once(shards, encoding, tmp_path, monkeypatch):
     monkeypatch.setattr(lengths, "measure_shard", None)
     again = length_table(shards, encoding, tmp_path, QUIET)
     assert np.array_equal(first.values, again.values) and again.problems == first.problems
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(shards, encoding, tmp_path):
+    with no_file_larger_than(100), pytest.raises(OSError) as full:
+        length_table(shards, encoding, tmp_path, QUIET)
+    assert re.match(rf"{tmp_path}/lengths-\w+\.npz: File too large; no file may be that large", describe(full.value))
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_give_the_same_table(shard_folder, encoding, tmp_path, monkeypatch):
