@@ -103,5 +103,5 @@ def test_nothing_else_prints_through_rich():
                     found.add((file.name, name))
             elif isinstance(node, ast.ImportFrom) and node.module in ("rich", "rich.prompt", "rich.markup"):
                 found.add((file.name, node.module))
-    assert {name for name in found if name[0] != "console.py"} == {("evaluate.py", "track")}  # of our own progress
+    assert {name for name in found if name[0] != "console.py"} == {("answers.py", "track")}  # of our own progress
     assert ("console.py", "Progress") in found
