@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from upath import UPath
 from upath.implementations.cloud import AzurePath, GCSPath, S3Path
 
+from common.paths import check_regular
 from common.write_errors import NO_ROOM, os_error_in
 
 type Location = Path | UPath
@@ -128,15 +129,29 @@ def write_whole(path: Location, data: bytes) -> None:
         file.write(data)
 
 
-def read_whole(path: Location) -> bytes:
-    """Returns the bytes of a file."""
+def read_whole(path: Location, max_bytes: int | None = None) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        ValueError: It is none, or has more than `max_bytes`.
+    """
+    check_regular(path)
     with named_errors(path):
+        if max_bytes is not None:
+            size = path.stat().st_size if isinstance(path, Path) else path.fs.info(path.path).get("size") or 0
+            if size > max_bytes:
+                raise ValueError(f"{size:,} bytes, and {max_bytes:,} are the most that such a file has")
         return path.read_bytes()
 
 
 @contextmanager
 def open_file(path: Location) -> Iterator[BinaryIO]:
-    """Yields a file whose reads are short at its end alone; some web servers' are short where a packet ends."""
+    """Yields a file whose reads are short at its end alone; some web servers' are short where a packet ends.
+
+    Raises:
+        ValueError: It is a pipe or a device.
+    """
+    check_regular(path)
     with named_errors(path), path.open("rb") as file:
         yield file if isinstance(path, Path) else io.BufferedReader(file)  # type: ignore
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.console import UsageError
+from common.paths import check_regular
 
 # What pydantic says in words of Python, in words of a YAML file.
 RULES = {
@@ -37,6 +38,7 @@ RULES = {
 }
 
 
+MAX_BYTES = 1 << 16  # of a file; those in configs/ have 2,000
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 """What the loader raises about a text: tags such as `!!int` end in errors of Python's own."""
 
@@ -44,13 +46,26 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErro
 class _TextLoader(yaml.SafeLoader):
     """Reads every scalar but null as the text it is; the settings' types say what it means.
 
-    YAML itself would make numbers of `run_dir: 20241107` and dates of `2024-11-07`.
+    YAML itself would make numbers of `run_dir: 20241107` and dates of `2024-11-07`. Anchors and aliases are refused: a
+    few lines of them say billions of values.
     """
 
     yaml_implicit_resolvers: ClassVar = {
         first: [rule for rule in rules if rule[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Returns the next node.
+
+        Raises:
+            ComposerError: It has an anchor, or is an alias.
+        """
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            problem = "anchors (&) and aliases (*) are not taken; write the values out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def nearest(name: str, known: Any) -> str:
@@ -66,13 +81,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: It cannot be read, or holds something else than settings.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
+        check_regular(path)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; name an existing YAML file, such as one of configs/") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: more than {MAX_BYTES:,} bytes, which no configuration has")
+    try:
+        values = yaml.load(data.decode(), _TextLoader)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as that") from None
     except YAML_ERRORS as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold `key: value` lines, found {type(values).__name__}")
     return values

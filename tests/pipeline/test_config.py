@@ -1,5 +1,6 @@
 """Configuration: shipped files, overrides, and messages that say the way out."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,31 @@ def test_what_yaml_breaks_on_is_one_line_that_names_the_setting(override):
     with pytest.raises(UsageError, match=override.partition("=")[0]) as refused:
         load_config(CONFIGS / "demo-stage1.yaml", [override])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: &a [x]\nb: *a\n", "anchors .&. and aliases ... are not taken; write the values out .* line 1"),
+        ("model:\n  <<: *a\n", "anchors"),
+        ("phase: " + "[" * 30_000, "maximum recursion depth"),
+        ("a: " * 20_000, "not valid YAML"),
+        ("a: [" + "x," * 40_000 + "]", "more than 65,536 bytes"),
+        ("!" * 60_000, "not valid YAML"),
+    ],
+    ids=range(6),
+)
+def test_yaml_that_grows_when_it_is_read_is_refused_at_once(tmp_path, text, told):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UsageError, match=f"run.yaml: .*{told}") as refused:
+        load_config(tmp_path / "run.yaml", [])
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_a_configuration_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "run.yaml").write_text("model: pipe.yaml\n")
+    for name in ("pipe.yaml", "zero.yaml", "run.yaml"):
+        with pytest.raises(UsageError, match=r"(pipe|zero).yaml is a pipe or a device"):
+            load_config(tmp_path / name, [])
