@@ -117,29 +117,30 @@ def model_config_from_hf(config: Any) -> ModelConfig:
     """Returns the `ModelConfig` that a Hugging Face `SaisaConfig` describes, less an export's row for the image."""
     vision = config.vision_config
     vision = vision if isinstance(vision, dict) else vision.to_dict()
-    return ModelConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size - config.num_image_rows,
-        max_positions=config.max_position_embeddings,
-        norm_epsilon=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        qkv_bias=config.attention_bias,
-        tie_embeddings=config.tie_word_embeddings,
-        projector=config.projector_type,
-        vision=VisionConfig(
-            type="siglip" if "siglip" in vision["model_type"] else "clip",
-            hidden_size=vision["hidden_size"],
-            num_layers=vision["num_hidden_layers"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            select_layer=config.vision_select_layer,
-        ),
-    )
+    fields = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size - config.num_image_rows,
+        "max_positions": config.max_position_embeddings,
+        "norm_epsilon": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "qkv_bias": config.attention_bias,
+        "tie_embeddings": config.tie_word_embeddings,
+        "projector": config.projector_type,
+        "vision": {
+            "type": "siglip" if "siglip" in vision["model_type"] else "clip",
+            "hidden_size": vision["hidden_size"],
+            "num_layers": vision["num_hidden_layers"],
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "select_layer": config.vision_select_layer,
+        },
+    }
+    return ModelConfig.model_validate(fields, strict=True)  # what comes from a folder is a number or is refused
 
 
 def differences(stated: ModelConfig, found: ModelConfig) -> list[str]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from common.json_files import read_json_object
+from common.files import read_whole
+from common.json_files import MAX_FILE_BYTES, read_json_object
 
 
 def check_export(folder: Path) -> None:
@@ -16,7 +17,7 @@ def check_export(folder: Path) -> None:
         raise ValueError(f"{folder}: no config.json; --model takes a folder made by `make export`")
     if (kind := read_json_object(config, "export it again").get("model_type")) != "saisa":
         raise ValueError(f"{config}: model_type={kind!r} is not 'saisa'; --model takes a folder made by `make export`")
-    if ".mm_projector." not in (folder / "model.safetensors.index.json").read_text():
+    if b".mm_projector." not in read_whole(folder / "model.safetensors.index.json", MAX_FILE_BYTES):
         raise ValueError(f"{folder} is a base without projectors; train it, then talk to what `make export` makes")
 
 

@@ -1,36 +1,57 @@
 """Reads folders in Hugging Face format as data: nobody is asked, nothing is downloaded.
 
-Their code does not run, but for `load_export` when it is told to.
-
 Whatever a library raises about a file of theirs becomes a `ValueError` that names the folder in one line.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from common.console import count_text
 from common.json_files import read_json_object
-from common.paths import check_plain
+from common.paths import check_plain, check_regular
 from common.pickles import tell
+from model.config import model_config_from_hf
 from model.hf.configuration_saisa import SaisaConfig
-from model.hf.image_processing_saisa import SaisaImageProcessor
-from model.hf.modeling_saisa import SaisaForConditionalGeneration
-from model.hf.processing_saisa import SaisaProcessor
+from model.hf.image_processing_saisa import MAX_SIDE, SaisaImageProcessor
 
 DATA_ONLY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """Options of every `from_pretrained`. Without the first it asks whether to run a folder's code."""
 WAY_OUT = "download or write it again"
-CODE = Path(__file__).parent / "hf"
 NOT_READ = ("special_tokens_map_file", "tokenizer_config_file")
 """Settings of a tokenizer that name files which transformers takes from the folder all the same."""
-LARGEST = {"num_hidden_layers": 1000, "": 10_000_000}  # of the whole numbers in a configuration
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_labels": 1000,
+    "image_size": MAX_SIDE,
+    "": 10_000_000,
+}
+"""Of the whole numbers in a configuration."""
+FIELDS = (*signature(SaisaConfig).parameters, "dtype", "torch_dtype")
+"""What is read of a configuration; transformers would build other things from the rest."""
+VISION_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "vision_use_head",
+)
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have some 40 MB
+KERNELS = (None, "sdpa", "eager")  # transformers would fetch others from the Hub
 
 
 @contextmanager
@@ -57,12 +78,56 @@ def load_config(folder: Path) -> SaisaConfig:
     """Returns the configuration of a base or an export.
 
     Raises:
-        ValueError: It is damaged, or of something else.
+        ValueError: It is damaged, of something else, or asks for code that is not this repository's.
     """
-    raw = read_json_object(folder / "config.json", WAY_OUT)
+    check_files(folder)
+    raw = read_json_object(file := folder / "config.json", WAY_OUT)
     check_sizes(folder, raw)
-    with named(folder / "config.json"):
-        return SaisaConfig.from_pretrained(folder, **DATA_ONLY)
+    for name, value in (item for section in _sections(raw) for item in section.items()):
+        if (name == "quantization_config" and value) or (name.endswith("attn_implementation") and value not in KERNELS):
+            raise ValueError(f"{file}: {name}={str(value)[:40]!r} asks for code of others; remove it from there")
+    with named(file):
+        vision = raw.get("vision_config")
+        if isinstance(vision, dict):
+            raw = raw | {"vision_config": {name: vision[name] for name in VISION_FIELDS if name in vision}}
+        fields: dict[str, Any] = {name: raw[name] for name in FIELDS if name in raw}
+        config = SaisaConfig(**fields)
+        check_model(config)
+        return config
+
+
+def check_files(folder: Path) -> None:
+    """Refuses a folder with a file that nobody should read to its end: libraries would.
+
+    Raises:
+        ValueError: There is a pipe, a device or an enormous JSON file.
+    """
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        check_regular(file)
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{file} has more than {MAX_JSON_BYTES:,} bytes, as no such file needs; {WAY_OUT}")
+
+
+def check_model(config: SaisaConfig) -> None:
+    """Refuses what no model can be built from.
+
+    Raises:
+        ValueError: A setting is of a wrong type, or they contradict each other.
+    """
+    vision = config.vision_config
+    try:
+        model_config_from_hf(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = f"{'.'.join(map(str, first['loc']))}={str(first['input'])[:40]}: " if first["loc"] else ""
+        raise ValueError(f"{told}{first['msg']}") from error
+    if vision.num_attention_heads < 1 or vision.hidden_size % vision.num_attention_heads:
+        raise ValueError(f"{vision.num_attention_heads} heads must divide hidden_size={vision.hidden_size}")
+    for name, value in (("layer_norm_eps", vision.layer_norm_eps), ("initializer_range", config.initializer_range)):
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{name}={str(value)[:40]} must be a positive number")
+    if type(config.image_token_id) is not int or config.image_token_id < 0:
+        raise ValueError(f"image_token_id={str(config.image_token_id)[:40]} must be an id")
 
 
 def check_sizes(folder: Path, raw: dict[str, Any]) -> None:
@@ -71,11 +136,16 @@ def check_sizes(folder: Path, raw: dict[str, Any]) -> None:
     Raises:
         ValueError: A number in it is no size of a model.
     """
-    for section in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+    for section in _sections(raw):
         for name, value in section.items():
             is_size = name.startswith(("num_", "max_position")) or name.endswith("_size")
             if is_size and value is not None and not _is_size(value, LARGEST.get(name, LARGEST[""])):
                 raise ValueError(f"{folder / 'config.json'}: {name}={str(value)[:40]} is no size of a model; {WAY_OUT}")
+
+
+def _sections(raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield raw
+    yield from (value for value in raw.values() if isinstance(value, dict))
 
 
 def _is_size(value: Any, largest: int) -> bool:
@@ -101,6 +171,7 @@ def check_tokenizer(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
+    check_files(folder)
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file, WAY_OUT) if file.is_file() else {}
     for name, value in settings.items():
@@ -115,86 +186,25 @@ def load_image_processor(folder: Path, **options: Any) -> SaisaImageProcessor:
     """Returns the image processor of a base or an export.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: It is damaged, or makes images of another size than the encoder takes.
     """
     with named(folder):
-        return SaisaImageProcessor.from_pretrained(folder, **DATA_ONLY, **options)
+        processor = SaisaImageProcessor.from_pretrained(folder, **DATA_ONLY, **options)
+    check_image_size(folder, processor, load_config(folder).vision_config.image_size)
+    return processor
 
 
-def load_processor(folder: Path, **options: Any) -> SaisaProcessor:
-    """Returns the processor of an export.
-
-    Raises:
-        ValueError: It is damaged, or needs code of its own.
-    """
-    check_tokenizer(folder)
-    with named(folder):
-        return SaisaProcessor.from_pretrained(folder, **DATA_ONLY, **options)
-
-
-def load_model(folder: Path, **options: Any) -> SaisaForConditionalGeneration:
-    """Returns the model of an export, with the code of this repository.
-
-    Raises:
-        ValueError: Its configuration or weights are damaged, or its code is another than this repository's.
-    """
-    config = load_config(folder)
-    if (index := folder / "model.safetensors.index.json").is_file():
-        files_in_index(index)  # transformers would follow a path out of the folder
-    if (generation := folder / "generation_config.json").is_file():
-        read_json_object(generation, WAY_OUT)  # transformers would go on without one that is damaged
-    with named(folder):
-        return SaisaForConditionalGeneration.from_pretrained(
-            folder, config=config, use_safetensors=True, **DATA_ONLY, **options
-        )
-
-
-def load_export(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Returns the processor and the model of an export, with the code of this repository or of the folder.
-
-    Raises:
-        ValueError: The folder is damaged, or was written by another version and is not trusted.
-    """
-    if not trust_remote_code:
-        check_code(folder)
-        processor, model = load_processor(folder), load_model(folder, dtype="auto").eval()
-        check_processor(folder, processor, model.config)
-        return processor, model
-    trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
-    with named(folder):
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **trusted)
-        return AutoProcessor.from_pretrained(folder, **trusted), model.eval()
-
-
-def check_processor(folder: Path, processor: SaisaProcessor, config: SaisaConfig) -> None:
-    """Makes sure that a processor writes prompts, and as many placeholders as the model has visual tokens.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if processor.num_image_tokens != config.num_image_tokens:
-        raise ValueError(
-            f"{folder / 'processor_config.json'}: num_image_tokens={processor.num_image_tokens!r}, but the model has "
-            f"{count_text(config.num_image_tokens, 'visual token')} an image; {WAY_OUT}"
-        )
-    if processor.chat_template is not None:
-        with named(folder / "chat_template.jinja"):
-            processor.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
-
-
-def check_code(folder: Path) -> None:
-    """Makes sure that an export was written by this version: its Python files, which are not run, are the same.
+def check_image_size(folder: Path, processor: SaisaImageProcessor, image_size: int) -> None:
+    """Makes sure that images are of the size that the encoder takes.
 
     Raises:
         ValueError: They are not.
     """
-    for file in sorted(folder.glob("*.py")):
-        ours = CODE / file.name
-        if not ours.is_file() or ours.read_bytes() != file.read_bytes():
-            raise ValueError(
-                f"{folder} was written by another version of this project: {file.name} differs; export it again with "
-                "this version, or pass --trust-remote-code to run the Python files in the folder"
-            )
+    if processor.output_size != (image_size, image_size):
+        raise ValueError(
+            f"{folder}: preprocessor_config.json makes images of {' x '.join(map(str, processor.output_size))} pixels, "
+            f"config.json says image_size={image_size}; they must agree"
+        )
 
 
 def read_safetensors_file(file: Path, wanted: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Tensor]]:

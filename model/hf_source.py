@@ -26,7 +26,16 @@ from transformers import (
 from common.json_files import read_json_object
 from model import hf_read
 from model.hf.image_processing_saisa import SaisaImageProcessor
-from model.hf_read import WAY_OUT, check_sizes, files_in_index, named, read_safetensors_file
+from model.hf_read import (
+    VISION_FIELDS,
+    WAY_OUT,
+    check_files,
+    check_image_size,
+    check_sizes,
+    files_in_index,
+    named,
+    read_safetensors_file,
+)
 
 LLMS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 VISIONS = {
@@ -35,18 +44,6 @@ VISIONS = {
     "siglip": SiglipVisionConfig,
     "siglip_vision_model": SiglipVisionConfig,
 }
-VISION_FIELDS = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "vision_use_head",
-]
 Named = tuple[str, Tensor]
 
 
@@ -113,7 +110,7 @@ def vision_fields(folder: Path) -> dict[str, Any]:
     check_sizes(folder, raw)
     config = VISIONS[raw["model_type"]].from_dict(raw.get("vision_config", raw))
     fields = {name: getattr(config, name) for name in VISION_FIELDS if hasattr(config, name)}
-    return {"model_type": config.model_type} | fields
+    return fields
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -175,13 +172,10 @@ def load_image_processor(folder: Path, image_aspect_ratio: str, image_size: int)
     Raises:
         ValueError: the folder does not say how, or makes images of another size than the encoder takes.
     """
-    settings = read_json(folder / "preprocessor_config.json")
-    processor = SaisaImageProcessor.from_encoder(settings, image_aspect_ratio)
-    if processor.output_size != (image_size, image_size):
-        raise ValueError(
-            f"{folder}: preprocessor_config.json makes images of {' x '.join(map(str, processor.output_size))} pixels, "
-            f"config.json says image_size={image_size}; they must agree"
-        )
+    settings = read_json(file := folder / "preprocessor_config.json")
+    with named(file):
+        processor = SaisaImageProcessor.from_encoder(settings, image_aspect_ratio)
+    check_image_size(folder, processor, image_size)
     return processor
 
 
@@ -229,6 +223,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it is damaged.
     """
+    check_files(file.parent)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; {file.parent} must be a checkpoint folder in Hugging Face format")
     return read_json_object(file, WAY_OUT)

@@ -31,14 +31,17 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
         ValueError: weights are missing.
     """
     config = load_config(base)
-    tower = VisionTower(config.vision_config, config.vision_select_layer)
+    with torch.device("meta"):
+        state = VisionTower(config.vision_config, config.vision_select_layer).state_dict()
     stored = read_safetensors(base, lambda name: name.startswith(PREFIX))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in stored}
-    missing = sorted(set(map(stored_name, tower.state_dict())) - set(weights))
-    if missing:
-        raise ValueError(
-            f"{base}: the vision encoder lacks {count_text(len(missing), 'weight')}, such as {PREFIX}{missing[0]}"
-        )
+    for name, expected in ((stored_name(name), tensor.shape) for name, tensor in state.items()):
+        if name not in weights:
+            raise ValueError(f"{base}: the vision encoder lacks weights, such as {PREFIX}{name}")
+        if weights[name].shape != expected:
+            told = f"shape {list(weights[name].shape)}, by config.json it is {list(expected)}"
+            raise ValueError(f"{base}: {PREFIX}{name} has {told}; make the base again")
+    tower = VisionTower(config.vision_config, config.vision_select_layer)
     tower.load_state_dict(weights, strict=False)
     return tower.to(device, dtype)
 

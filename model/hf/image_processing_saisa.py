@@ -9,6 +9,7 @@ after LLaVA's padding to a square if `image_aspect_ratio` is "pad". This file is
 it may import numpy, Pillow, torch, transformers and its neighbours only.
 """
 
+from math import isfinite
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +26,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Above these an image is not blown up to its full intermediate size, which would take gigabytes for a thin line:
 # a 65,500 x 1 image scaled to a shortest edge of 336 has 7 billion pixels.
 MAX_INTERMEDIATE_PIXELS = 2**27
+
+RESAMPLING = frozenset(map(int, Image.Resampling))
+MAX_SIDE = 4096  # of the images that come out, in pixels: no encoder takes as many
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,6 +82,10 @@ def _gray_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
 class SaisaImageProcessor(BaseImageProcessor):
     """Resizes, crops and normalises images as the vision encoder was trained.
 
@@ -124,6 +132,15 @@ class SaisaImageProcessor(BaseImageProcessor):
             raise ValueError(f"size={self.size} gives images of many shapes; set crop_size")
         if self.crop_size and not all(self.crop_size[key] <= self._least(key) for key in ("height", "width")):
             raise ValueError(f"crop_size={self.crop_size} must not exceed size={self.size}")
+
+        if not all(0 < side <= MAX_SIDE for side in (*self.size.values(), *(self.crop_size or {}).values())):
+            raise ValueError(f"size={self.size} and crop_size={self.crop_size} must be of 1 to {MAX_SIDE} pixels")
+        if self.resample not in RESAMPLING:
+            raise ValueError(f"resample={self.resample} must be one of {', '.join(map(str, sorted(RESAMPLING)))}")
+        for name, least, most in (("image_mean", 0, 1), ("image_std", 1e-3, 1e3)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(_is_number(value) and least <= value <= most for value in values):
+                raise ValueError(f"{name}={str(values)[:60]} must be three numbers of {least} to {most}")
 
     def _least(self, key: str) -> int:
         return self.size.get("shortest_edge") or self.size[key]

@@ -278,6 +278,11 @@ def chat_template(name: str) -> str:
     return lines
 
 
+def chat_templates() -> list[str]:
+    """Returns every chat template that this version writes."""
+    return [chat_template(name) for name in TEMPLATES]
+
+
 _JINJA = """\
 {%- macro text_of(message) -%}
   {%- set whole = namespace(text='') -%}

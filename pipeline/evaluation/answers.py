@@ -11,7 +11,8 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from common.console import build_console, build_progress, count_text
 from common.images import load_image
 from data_prep.image_roots import ImageEntry, read_image
-from model.hf_read import load_export
+from model.hf_export import load_export
+from pipeline.data.templates import chat_templates
 from pipeline.evaluation.questions import Answer, Question
 
 
@@ -29,7 +30,7 @@ def answer_questions(
     Raises:
         ValueError: the folder cannot be read, or every question is too long for its model.
     """
-    processor, model = load_export(model_dir, trust_remote_code)
+    processor, model = load_export(model_dir, chat_templates(), trust_remote_code)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     limit = model.config.max_position_embeddings
     fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]

@@ -13,7 +13,8 @@ from PIL import Image
 from typer import Option
 
 from common.console import UsageError, plain, run
-from common.images import ImageError, load_image
+from common.files import read_whole
+from common.images import MAX_IMAGE_BYTES, load_image
 from model.hf_check import check_export
 
 
@@ -24,8 +25,8 @@ def open_image(file: Path) -> Image.Image:
         ValueError: the file is not there, or not an image that Pillow reads.
     """
     try:
-        return load_image(file.read_bytes())
-    except (OSError, ImageError) as error:
+        return load_image(read_whole(file, MAX_IMAGE_BYTES))
+    except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable image ({error})"
         raise ValueError(f"{file}: {reason}") from None
 

@@ -11,7 +11,8 @@ from common.console import UsageError, count_text
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_check import check_export
-from model.hf_read import load_export
+from model.hf_export import load_export
+from pipeline.data.templates import chat_templates
 
 Message = dict[str, Any]
 
@@ -65,9 +66,7 @@ def load_chat(
     """
     check_export(folder)
     target = _device(device)
-    processor, model = load_export(folder, trust_remote_code)
-    if processor.chat_template is None:
-        raise ValueError(f"{folder}: no chat_template.jinja, so nobody knows how to ask this model; export it again")
+    processor, model = load_export(folder, chat_templates(), trust_remote_code)
     return Chat(model.to(target), processor, image, **options)
 
 

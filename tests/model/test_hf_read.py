@@ -14,24 +14,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.hf_check import check_export
-from model.hf_read import (
-    check_code,
-    files_in_index,
-    load_config,
-    load_model,
-    load_processor,
-    load_tokenizer,
-    named,
-    read_safetensors_file,
-)
+from model.hf_export import check_code, load_export, load_model, load_processor
+from model.hf_read import files_in_index, load_config, load_tokenizer, named, read_safetensors_file
 from model.hf_source import read_checkpoint, read_json
 from model.import_hf import compose_base
+from model.vision import load_vision_tower
 from model.weights import read_safetensors
+from pipeline.data.templates import chat_templates
 from pipeline.evaluation.conversation import load_chat
 from pipeline.evaluation.evaluate import evaluate
 from tests.hf_compat.make_folder import make_export
 
 DEEP = "[" * 200_000
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HUGE = {"height": 10**6, "width": 10**6}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +101,7 @@ def test_importing_a_folder_with_code_neither_asks_nor_runs_it(world: Path, tmp_
     with pytest.raises(
         ValueError, match=rf"{llm} cannot be read .*contains custom code.*need code of their own"
     ) as told:
-        compose_base(llm, world / "work" / "clip", tmp_path / "base")
+        compose_base(llm, world / "work" / "vision", tmp_path / "base")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "executed").exists()
 
@@ -244,7 +240,7 @@ def test_a_crafted_config_is_one_line(export: Path, changes: dict) -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json is damaged .Expecting property name"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is damaged .a list instead of an object"),
         ("tokenizer_config.json", "{}", "need code of their own"),  # says no class, and that of config.json is theirs
-        ("tokenizer_config.json", DEEP, "tokenizer_config.json is damaged .it is nested too deeply"),
+        ("tokenizer_config.json", DEEP, "tokenizer_config.json is damaged .it is nested more than 100 deep"),
     ],
     ids=range(11),
 )
@@ -284,21 +280,109 @@ def test_a_whole_file_reads_equal(tmp_path: Path) -> None:
     [
         ("processor_config.json", {"num_image_tokens": 0}, "num_image_tokens=0, but the model has"),
         ("generation_config.json", "{", "generation_config.json is damaged"),
-        ("chat_template.jinja", "{% if", "chat_template.jinja cannot be read"),
-        ("chat_template.jinja", "{{ raise_exception('no') }}", "chat_template.jinja cannot be read"),
-        ("chat_template.jinja", "{{ messages[9].x.y }}", "chat_template.jinja cannot be read"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id=x must name ids below 385"),
+        ("generation_config.json", {"eos_token_id": [2, 385]}, r"eos_token_id=\[2, 385\] must name ids below 385"),
+        ("generation_config.json", {"pad_token_id": [1]}, r"pad_token_id=\[1\] must name ids"),
+        (
+            "chat_template.jinja",
+            ENDLESS,
+            "chat_template.jinja is none of the templates of this version.*--trust-remote",
+        ),
+        ("chat_template.jinja", "{% if", "chat_template.jinja is none of the templates"),
+        ("chat_template.jinja", "", "no chat_template.jinja"),
+        ("chat_template.json", {"chat_template": ENDLESS}, "chat_template.jinja is none of the templates"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std=.* must be three numbers of 0.001 to"),
+        ("preprocessor_config.json", {"image_std": "abc"}, "image_std=.* must be three numbers"),
+        ("preprocessor_config.json", {"image_std": [float("nan")] * 3}, "image_std=.* must be three numbers"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "image_mean=.* must be three numbers of 0 to 1"),
+        ("preprocessor_config.json", {"image_mean": 5}, "preprocessor|cannot be read"),
+        ("preprocessor_config.json", {"resample": 99}, "resample=99 must be one of 0, 1, 2, 3, 4, 5"),
+        ("preprocessor_config.json", {"resample": "x"}, "invalid literal for int"),
+        ("preprocessor_config.json", {"size": HUGE, "crop_size": HUGE}, "must be of 1 to 4096 pixels"),
+        ("preprocessor_config.json", {"crop_size": {"height": 0, "width": 0}}, "must be of 1 to 4096 pixels"),
+        ("preprocessor_config.json", {"crop_size": {"height": 14, "width": 14}}, "images of 14 x 14 .*image_size=28"),
+        ("config.json", {"_attn_implementation": "somebody/kernel"}, "somebody/kernel' asks for code of others"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "x"}},
+            "quantization_config=.* asks for code of others",
+        ),
+        ("config.json", {"num_labels": 10**7}, "num_labels=10000000 is no size"),
+        ("config.json", {"vision_config": {"patch_size": 0}}, "patch_size=0: Input should be greater than 0"),
+        ("config.json", {"vision_config": {"patch_size": 10**7}}, r"\[16, 3, 14, 14\], by config.json it is of shape"),
+        ("config.json", {"vision_config": {"image_size": 10**6}}, "image_size=1000000 is no size"),
+        ("config.json", {"vision_config": {"num_attention_heads": 3}}, "3 heads must divide hidden_size=16"),
+        ("config.json", {"vision_config": {"layer_norm_eps": "x"}}, "layer_norm_eps=x must be a positive number"),
+        ("config.json", {"vision_config": {"hidden_act": "x"}}, "config.json cannot be read"),
+        ("config.json", {"hidden_size": 10**7}, r"shape \[385, 32\], by config.json it is of shape \[385, 10000000\]"),
+        ("config.json", {"num_hidden_layers": 2}, "layers.2.* by config.json it is not there"),
+        ("config.json", {"num_hidden_layers": 4}, "weights are in no file, such as model.layers.3."),
+        ("config.json", {"rope_theta": "x"}, "rope_theta=x: Input should be a valid number"),
+        ("config.json", {"initializer_range": "x"}, "initializer_range=x must be a positive number"),
+        ("config.json", {"image_token_id": "x"}, "image_token_id=x must be an id"),
+        ("config.json", {"image_token_id": 0}, "image_token_id=0, but the tokenizer's is 384"),
     ],
 )
 def test_an_export_that_would_answer_wrongly_or_break_is_one_line(
     export: Path, name: str, changes: str | dict, told: str
 ) -> None:
+    if name == "chat_template.json":
+        (export / "chat_template.jinja").unlink()
     if isinstance(changes, dict):
-        change(export / name, **changes)
+        vision = json.loads((export / "config.json").read_text())["vision_config"]
+        both = {key: vision | inner for key, inner in changes.items() if key == "vision_config"}
+        change(export / name, **changes | both)
     else:
         (export / name).write_text(changes)
     with pytest.raises(ValueError, match=told) as refused:
         load_chat(export)
     assert "\n" not in str(refused.value)
+
+
+def test_what_an_export_says_of_generating_does_not_change_an_answer(export: Path) -> None:
+    before = load_chat(export, device="cpu", max_new_tokens=6).ask("a")
+    change(
+        export / "generation_config.json", num_beams=0, num_return_sequences=3, max_length=-1, repetition_penalty=50.0,
+        return_dict_in_generate=True, watermarking_config={"bias": 9}, cache_implementation="x", bos_token_id="x",
+    )  # fmt: skip
+    change(export / "config.json", layer_types=["x"], pruned_heads={"0": [1]}, num_beams=3)
+    assert load_chat(export, device="cpu", max_new_tokens=6).ask("a") == before
+    ends = load_export(export, chat_templates())[1].generation_config.eos_token_id
+    change(export / "generation_config.json", eos_token_id=[*ends, *range(384)])
+    assert len(load_chat(export, device="cpu", max_new_tokens=6).ask("a")) < len(before), "where answers end is heeded"
+
+
+def test_a_template_of_the_folder_runs_if_it_is_trusted(export: Path) -> None:
+    (export / "chat_template.jinja").write_text("{{ 'a' * 3 }}")
+    processor, _ = load_export(export, chat_templates(), trust_remote_code=True)
+    assert processor.apply_chat_template([{"role": "user", "content": "b"}]) == "aaa"
+
+
+def test_the_encoder_of_a_base_is_refused_before_it_takes_memory(world: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    compose_base(world / "work" / "llm", world / "work" / "vision", base)
+    vision = json.loads((base / "config.json").read_text())["vision_config"]
+    change(base / "config.json", vision_config=vision | {"intermediate_size": 10**7})
+    with pytest.raises(ValueError, match=r"fc1.* has shape \[24, 16\], by config.json it is \[10000000"):
+        load_vision_tower(base, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"size": {"shortest_edge": 10**6}, "crop_size": {"height": 10**6, "width": 10**6}}, "must be of 1 to 4096"),
+        ({"size": "x"}, "preprocessor_config.json cannot be read"),
+        ({"image_std": [1]}, "image_std=.* must be three numbers"),
+        ({"rescale_factor": "x"}, "preprocessor_config.json cannot be read"),
+    ],
+    ids=range(4),
+)
+def test_the_images_of_an_encoder_are_checked(world: Path, tmp_path: Path, changes: dict, told: str) -> None:
+    clip = copytree(world / "work" / "vision", tmp_path / "clip")
+    change(clip / "preprocessor_config.json", **changes)
+    with pytest.raises(ValueError, match=told) as refused:
+        compose_base(world / "work" / "llm", clip, tmp_path / "base")
+    assert "\n" not in str(refused.value) and not (tmp_path / "base").exists()
 
 
 def test_weights_outside_the_export_are_not_read(export: Path) -> None:
@@ -312,3 +396,18 @@ def test_weights_outside_the_export_are_not_read(export: Path) -> None:
     index.write_text(json.dumps({"weight_map": moved}))
     with pytest.raises(ValueError, match="is no plain file name"):
         load_chat(export)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_pipe_or_an_enormous_file_in_a_folder_is_one_line(export: Path, name: str) -> None:
+    (export / name).unlink(missing_ok=True)
+    os.mkfifo(export / name)
+    for read in (load_config, load_tokenizer, load_processor, load_chat):
+        with pytest.raises(ValueError, match=f"{name} is a pipe or a device|no config.json"):
+            read(export)
+    (export / name).unlink()
+    if name.endswith(".json"):
+        with (export / name).open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(ValueError, match=f"{name} (has more than|is damaged .1,099,511,627,776 bytes)"):
+            load_chat(export)

@@ -1,5 +1,6 @@
 """Importing, then talking, through the commands that people type."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_text_only(export: Path) -> None:
 
 def test_errors_are_one_line(export: Path, images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
     base = Path(shutil.copytree(export, tmp_path / "base"))
     index = base / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(".mm_projector.", ".x."))
@@ -86,6 +88,8 @@ def test_errors_are_one_line(export: Path, images: list[Path], tmp_path: Path) -
         (("--model", base), "is a base without projectors"),
         (("--model", export, "--image", tmp_path / "none.png"), "none.png: no such file"),
         (("--model", export, "--image", tmp_path / "text.png"), "text.png: not a readable image"),
+        (("--model", export, "--image", tmp_path / "pipe.png"), "pipe.png is a pipe or a device"),
+        (("--model", export, "--image", "/dev/zero"), "/dev/zero is a pipe or a device"),
         (("--model", export, "--question", "word " * 300), "positions, the model takes 256; start again"),
     ):
         result = run(chat.main, "--question", QUESTION, *arguments)

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from common.console import UsageError, command
-from model import hf_read
+from model import hf_export
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from pipeline.evaluation import answers as answering
@@ -112,7 +112,7 @@ def test_blind_sees_the_same_in_every_picture(world: Path) -> None:
 
 def test_a_cut_answer_is_counted_and_an_answer_that_ends_is_not(world: Path, monkeypatch) -> None:
     """A model that says three tokens and its end: two allowed cut all answers, four none."""
-    monkeypatch.setattr(hf_read, "load_model", Speaks.from_pretrained)
+    monkeypatch.setattr(hf_export, "load_model", Speaks.from_pretrained)
     cut = evaluate(world / "model", world / "test.json", world, max_new_tokens=3)
     whole = evaluate(world / "model", world / "test.json", world, max_new_tokens=4)
     assert (cut.num_cut, whole.num_cut) == (4, 0)
@@ -162,7 +162,7 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
     long = next(num_words for num_words in range(limit) if room(num_words) <= 3)
     rows = [row(None, "a " * long + "a", "x"), row(None, "Say something.", "no")]
     (tmp_path / "test.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(hf_read, "load_model", Speaks.from_pretrained)
+    monkeypatch.setattr(hf_export, "load_model", Speaks.from_pretrained)
     answers = evaluate(world / "model", tmp_path / "test.json", world).answers
     assert 0 < room(long) <= 3 and [answer.is_cut for answer in answers] == [True, False]
     assert answers[0].text == processor.tokenizer.decode([5, 6, 7][: room(long)], skip_special_tokens=True).strip()
