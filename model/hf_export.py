@@ -29,6 +29,8 @@ def load_processor(folder: Path, **options: Any) -> SaisaProcessor:
         ValueError: It is damaged, or needs code of its own.
     """
     check_tokenizer(folder)
+    if (file := folder / "processor_config.json").is_file() and "audio_tokenizer" in read_json_object(file, WAY_OUT):
+        raise ValueError(f"{file}: audio_tokenizer names another folder; remove it from there")
     with named(folder):
         return SaisaProcessor.from_pretrained(folder, **DATA_ONLY, **options)
 
@@ -143,7 +145,7 @@ def check_processor(folder: Path, processor: SaisaProcessor, config: SaisaConfig
             f"{folder}: config.json says image_token_id={config.image_token_id}, but the tokenizer's is "
             f"{processor.image_token_id}; {WAY_OUT}"
         )
-    if processor.num_image_tokens != config.num_image_tokens:
+    if type(processor.num_image_tokens) is not int or processor.num_image_tokens != config.num_image_tokens:
         raise ValueError(
             f"{folder / 'processor_config.json'}: num_image_tokens={processor.num_image_tokens!r}, but the model has "
             f"{config.num_image_tokens} visual tokens an image; {WAY_OUT}"

@@ -6,6 +6,7 @@ Whatever a library raises about a file of theirs becomes a `ValueError` that nam
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ VISION_FIELDS = (
     "layer_norm_eps",
     "vision_use_head",
 )
+MAX_GROWTH = 100
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have some 40 MB
 KERNELS = (None, "sdpa", "eager")  # transformers would fetch others from the Hub
 
@@ -164,7 +166,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuses a tokenizer whose settings name other files: transformers would read those instead of the folder's.
+    """Refuses a tokenizer whose settings name other files (transformers would read those), or that `check_growth` does.
 
     Raises:
         ValueError: They do.
@@ -172,14 +174,54 @@ def check_tokenizer(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     check_files(folder)
+    check_growth(folder / "tokenizer.json")
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file, WAY_OUT) if file.is_file() else {}
     for name, value in settings.items():
         is_path = name == "vocab" or name.endswith(("_file", "_spm"))  # of all tokenizers in transformers
         if is_path and name not in NOT_READ and isinstance(value, str):
             raise ValueError(f"{file}: {name}={value!r} names a file; remove it from there")
+    if not isinstance(longest := settings.get("model_max_length", 0), int | float | None):
+        raise ValueError(f"{file}: model_max_length={str(longest)[:40]!r} must be a number; {WAY_OUT}")
+    if not isinstance(settings.get("model_input_names", []), list):
+        raise ValueError(f"{file}: model_input_names must be a list of names; {WAY_OUT}")
     if settings.get("init_inputs"):  # the same without names
         raise ValueError(f"{file}: init_inputs={settings['init_inputs']!r} may name files; remove it from there")
+
+
+def check_growth(file: Path) -> None:
+    """Refuses a tokenizer that makes much of a short text: where its library finds no memory, it ends the process.
+
+    Raises:
+        ValueError: Its replacements multiply to, or it adds to every text, more than `MAX_GROWTH`.
+    """
+    content = read_json_object(file, WAY_OUT) if file.is_file() else {}
+    with named(file):
+        largest = max(_growth(content.get("normalizer")), _growth(content.get("decoder")))
+        largest = max(largest, _num_added(content.get("post_processor")))
+        if largest > MAX_GROWTH:
+            raise ValueError(f"it may make {largest:.3g} characters or tokens of one, and {MAX_GROWTH} are the most")
+
+
+def _growth(step: Any) -> float:
+    """Returns how many characters a step of a tokenizer may make of one."""
+    if not isinstance(step, dict):
+        return 1
+    inner = prod(max(1, _growth(each)) for name in ("normalizers", "decoders") for each in step.get(name) or [])
+    if step.get("type") != "Replace":
+        return inner
+    replaced = len(step["pattern"].get("String", ""))  # an expression may match nothing, between any two characters
+    return inner * (len(step["content"]) / replaced if replaced else 1 + len(step["content"]))
+
+
+def _num_added(step: Any) -> int:
+    """Returns at most how many tokens a step of a tokenizer adds to a text."""
+    if not isinstance(step, dict):
+        return 0
+    special = step.get("special_tokens")
+    most = max((len(token["ids"]) for token in special.values()), default=0) if isinstance(special, dict) else 0
+    places = max(len(step.get("single") or []), len(step.get("pair") or []))
+    return places * most + sum(map(_num_added, step.get("processors") or []))
 
 
 def load_image_processor(folder: Path, **options: Any) -> SaisaImageProcessor:

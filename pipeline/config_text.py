@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
 
 from common.console import UsageError
 from common.paths import check_regular
@@ -64,7 +65,7 @@ class _TextLoader(yaml.SafeLoader):
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             problem = "anchors (&) and aliases (*) are not taken; write the values out"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
 

@@ -230,11 +230,11 @@ def test_a_crafted_config_is_one_line(export: Path, changes: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("tokenizer.json", "", "EOF while parsing a value"),
-        ("tokenizer.json", "{", "EOF while parsing an object"),
-        ("tokenizer.json", "[]", "invalid type: sequence"),
+        ("tokenizer.json", "", "tokenizer.json is damaged .Expecting value"),
+        ("tokenizer.json", "{", "tokenizer.json is damaged .Expecting property name"),
+        ("tokenizer.json", "[]", "tokenizer.json is damaged .a list instead of an object"),
         ("tokenizer.json", "{}", "Model missing"),
-        ("tokenizer.json", DEEP, "invalid type: sequence"),
+        ("tokenizer.json", DEEP, "tokenizer.json is damaged .it is nested more than 100 deep"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "Missing vocab/merges"),
         ("tokenizer_config.json", "", "tokenizer_config.json is damaged .Expecting value"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is damaged .Expecting property name"),
@@ -279,6 +279,10 @@ def test_a_whole_file_reads_equal(tmp_path: Path) -> None:
     ("name", "changes", "told"),
     [
         ("processor_config.json", {"num_image_tokens": 0}, "num_image_tokens=0, but the model has"),
+        ("processor_config.json", {"num_image_tokens": 4.0}, "num_image_tokens=4.0, but the model has 4 visual tokens"),
+        ("processor_config.json", {"audio_tokenizer": {}}, "audio_tokenizer names another folder"),
+        ("tokenizer_config.json", {"model_input_names": -1}, "model_input_names must be a list"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length='x' must be a number"),
         ("generation_config.json", "{", "generation_config.json is damaged"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id=x must name ids below 385"),
         ("generation_config.json", {"eos_token_id": [2, 385]}, r"eos_token_id=\[2, 385\] must name ids below 385"),
@@ -350,6 +354,44 @@ def test_what_an_export_says_of_generating_does_not_change_an_answer(export: Pat
     ends = load_export(export, chat_templates())[1].generation_config.eos_token_id
     change(export / "generation_config.json", eos_token_id=[*ends, *range(384)])
     assert len(load_chat(export, device="cpu", max_new_tokens=6).ask("a")) < len(before), "where answers end is heeded"
+
+
+def replace(old: dict, new: str) -> dict:
+    return {"type": "Replace", "pattern": old, "content": new}
+
+
+TENFOLD = [replace({"String": "e"}, "e" * 10)]
+TENFOLD_TWICE = {"type": "Sequence", "normalizers": TENFOLD * 2}
+TOKENS = {"<s>": {"id": "<s>", "ids": [1] * 1000, "tokens": ["<s>"] * 1000}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": TENFOLD * 12}}, "1e.12"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": TENFOLD * 3}]}},
+            "1e.03",
+        ),
+        ({"normalizer": replace({"Regex": ""}, "a" * 100)}, "101"),
+        ({"decoder": {"type": "Sequence", "decoders": TENFOLD * 12}}, "1e.12"),
+        (
+            {"post_processor": {"single": [{"SpecialToken": {"id": "<s>"}}] * 100_000, "special_tokens": TOKENS}},
+            "1e.08",
+        ),
+    ],
+    ids=range(5),
+)
+def test_a_tokenizer_that_makes_much_of_little_is_refused(export: Path, changes: dict, told: str) -> None:
+    change(export / "tokenizer.json", **changes)
+    for load in (load_tokenizer, load_processor):
+        with pytest.raises(ValueError, match=f"tokenizer.json cannot be read .it may make {told} characters or tokens"):
+            load(export)
+
+
+def test_a_tokenizer_may_replace_and_add_a_little(export: Path) -> None:
+    change(export / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": TENFOLD * 2})
+    assert load_tokenizer(export)("e").input_ids
 
 
 def test_a_template_of_the_folder_runs_if_it_is_trusted(export: Path) -> None:
