@@ -27,6 +27,8 @@ from data_prep.row_shapes import Refused
 from data_prep.zip_images import ZipDirectory, ZipSlot, read_member
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "avif", "jp2")
+MAX_IMAGE_BYTES = 2 << 30
+"""No image is larger: that is twice what `common.images.MAX_PIXELS` of four channels take without compression."""
 REFUSED_ERRORS = (errno.ELOOP, errno.EACCES, errno.EPERM)
 NAMED_ROOT = re.compile(r"([\w-]+(?:/[\w-]+)*)=(.+)", re.DOTALL)
 
@@ -125,7 +127,7 @@ class ImageRoots:
         """Returns the entry of an image by the path in its row, or of the like if there is no such file (`_spellings`).
 
         Raises:
-            Refused: It is there, but cannot be read.
+            Refused: It is there, but cannot be read, or is larger than any image.
         """
         plain = posixpath.normpath(path)
         for candidate in _spellings(plain):
@@ -133,6 +135,9 @@ class ImageRoots:
                 if not candidate.startswith(name):
                     continue
                 if entry := root.find(candidate[len(name) :]):
+                    if entry.num_bytes > MAX_IMAGE_BYTES:
+                        told = f"a file of {entry.num_bytes:,} bytes, more than {MAX_IMAGE_BYTES:,}"
+                        raise Refused("image_too_large", told, path)
                     same = candidate == path == entry.path  # as nearly always: spare the copy
                     other = None if candidate == plain else candidate
                     return entry if same else entry._replace(path=path, found_as=other)
@@ -221,10 +226,19 @@ def read_image(entry: ImageEntry) -> bytes:
 
 
 def _read_local(entry: ImageEntry) -> bytes:
-    """Returns the bytes of a file, one more than it had if it has grown."""
+    """Returns the bytes of a file, one more than it had if it has grown.
+
+    An empty file is not opened. Links may lead to those that the kernel makes up (in /proc, /sys): they say that they
+    are empty, or of another size than they have, and some of them wait when they are read.
+    """
+    if not entry.num_bytes:
+        return b""
     try:
         with open(entry.file.encode(errors="surrogateescape"), "rb") as file:
-            return file.read(entry.num_bytes + 1)
+            data = file.read(entry.num_bytes + 1)
+            if len(data) != entry.num_bytes == os.fstat(file.fileno()).st_size:
+                raise Refused("image_unreadable", "image cannot be read: its size is not that of its bytes", entry.path)
+            return data
     except OSError as error:
         if error.errno in REFUSED_ERRORS:
             raise _unreadable(entry.path, error) from None

@@ -11,18 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from common.json_files import MAX_DEPTH, TOO_DEEP, is_too_deep
+
 CHUNK_BYTES = 1 << 20
 MAX_ROW_CHARS = 64 << 20
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
+STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Row(NamedTuple):
-    """A parsed row and where it stands in its file: `offset` and `num_bytes` are in bytes."""
+    """A parsed row and where it stands in its file: `offset` and `num_bytes` are in bytes.
+
+    A row that is nested too deeply has no `value`, and a `problem` that says so.
+    """
 
     index: int
     offset: int
     num_bytes: int
     value: Any
+    problem: str | None = None
 
 
 def read_rows(path: Path, name: object = None) -> Iterator[Row]:
@@ -48,7 +56,8 @@ def read_rows(path: Path, name: object = None) -> Iterator[Row]:
             raise ValueError(f"{name} {held}; it must be a JSON array of rows (or, named .jsonl, one row a line)")
         index = -1
         for index, (offset, num_bytes, value) in enumerate(rows):
-            yield Row(index, offset, num_bytes, value)
+            is_deep = value is TOO_DEEP
+            yield Row(index, offset, num_bytes, None if is_deep else value, TOO_DEEP if is_deep else None)
         if index < 0:
             raise ValueError(f"{name} is an empty list; it must hold at least one row")
 
@@ -77,7 +86,6 @@ class _Window:
         self.file, self.name = file, name
         self.text, self.at, self.line, self.grow = "", 0, 1, CHUNK_BYTES
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.parse = json.JSONDecoder().raw_decode
 
     def more(self) -> bool:
         """Returns whether the file went on; doubles its step, so that a huge row is not parsed too often."""
@@ -111,14 +119,27 @@ class _Window:
         self.grow = CHUNK_BYTES
         while True:
             try:
-                value, end = self.parse(self.text, self.at)
+                value, end = self._parse()
                 if end < len(self.text) or not self.more():  # a number at the window's edge may go on
                     offset = self.offset
                     return offset, self.skip(end - self.at), value
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 num_chars = getattr(error, "pos", self.at) - self.at
                 if len(self.text) - self.at > MAX_ROW_CHARS or not self.more():
-                    raise self.error(_problem(error), num_chars) from None
+                    raise self.error(getattr(error, "msg", None) or str(error), num_chars) from None
+
+    def _parse(self) -> tuple[Any, int]:
+        """Returns the value that begins here, or `TOO_DEEP`, and where it ends.
+
+        Raises:
+            ValueError: It is none, or goes on behind the window.
+        """
+        try:
+            value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+        except RecursionError:
+            return TOO_DEEP, _end_of_value(self.text, self.at)
+        brackets = self.text.count("[", self.at, end) + self.text.count("{", self.at, end)
+        return TOO_DEEP if brackets > MAX_DEPTH and is_too_deep(value) else value, end
 
     def error(self, problem: str, num_chars: int = 0) -> ValueError:
         """Returns the error to raise for a problem that lies `num_chars` after the first unused character."""
@@ -127,5 +148,15 @@ class _Window:
         return ValueError(f"{self.name} is not a list of rows in JSON: {problem} at line {line} (byte {byte})")
 
 
-def _problem(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", None) or str(error)
+def _end_of_value(text: str, start: int) -> int:
+    """Returns where a list or object ends, by its brackets.
+
+    Raises:
+        ValueError: It does not.
+    """
+    depth = 0
+    for found in TOKEN.finditer(text, start):
+        depth += STEPS.get(found[0], 0)
+        if not depth:
+            return found.end()
+    raise ValueError(f"{TOO_DEEP}, and it does not end")

@@ -25,6 +25,7 @@ from data_prep.shard_names import check_shard_names
 
 FORMAT = "saisa-tar"
 AGAIN = "run the same `make shards` again"
+MAX_LISTING_BYTES = 1 << 30  # some 600 bytes a shard
 DIFFERS = "its bytes differ from the size and SHA-256 in the manifest"
 DIFFERS_FROM_OWN = "its bytes differ from its own SHA-256"
 OWN_DIGEST = "own_sha256"
@@ -225,10 +226,12 @@ def read_listing(folder: Location, name: str) -> bytes:
     """Returns the bytes of a listing.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: It is not there, or larger than that of the most shards.
     """
     try:
-        return read_whole(folder / name)
+        return read_whole(folder / name, MAX_LISTING_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{folder / name} is damaged ({error}); delete it and {AGAIN}") from None
     except (FileNotFoundError, NotADirectoryError):
         if not any((folder / begun).exists() for begun in ("plan.json", "manifest.json")):
             raise ValueError(f"{folder}: no shards here; name what `make shards` wrote") from None

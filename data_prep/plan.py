@@ -90,6 +90,8 @@ def scan_rows(
     for row in rows:
         scan.num_rows += 1
         try:
+            if row.problem:
+                raise Refused("nested", f"the row is {row.problem}")
             checked = check_row(row.value)
             paths = checked.paths
             entries = [find(path) for path in paths]

@@ -58,7 +58,7 @@ def open_source(
     Without `keep_images`, images inside the rows are found and weighed, but cannot be read afterwards.
 
     Raises:
-        ValueError: The rows are no list of rows, or a root of the images is not there.
+        ValueError: The rows are no list of rows or come out of a pipe, or a root of the images is not there.
     """
     locations = [str(location) for location in ([images] if isinstance(images, str | Path) else images)]
     location = open_location(data)

@@ -1,11 +1,11 @@
 """The special tokens of a tokenizer, read from its JSON files: texts that spell one mean something else in training."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.console import UsageError
+from common.json_files import parse_json
 from common.tokens import IMAGE_TOKEN
 
 
@@ -17,7 +17,7 @@ def read_special_tokens(folder: Path) -> tuple[str, ...]:
     """
     files = {name: folder / name for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")}
     try:
-        contents = [json.loads(file.read_bytes()) for file in files.values() if file.is_file()]
+        contents = [parse_json(file.read_bytes()) for file in files.values() if file.is_file()]
         found = {token for content in contents for token in special_tokens(content)}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"--tokenizer {folder} cannot be read: {error}") from None

@@ -25,6 +25,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from common.files import Location, file_sizes, named_errors
+from common.json_files import TOO_DEEP, is_too_deep
+from common.paths import check_regular
 from data_prep.image_roots import ImageEntry
 from data_prep.json_rows import Row
 
@@ -49,6 +51,7 @@ def find_tables(location: Location) -> list[Location]:
     Raises:
         ValueError: It is a folder without such files, or of several splits.
     """
+    check_regular(location)
     if location.suffix in SUFFIXES and not (isinstance(location, Path) and location.is_dir()):
         return [location]
     if location.suffix in (".json", ".jsonl", ".ndjson") or location.is_file():
@@ -98,11 +101,14 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def check_schema(schema: pa.Schema) -> None:
-    """Makes sure that no column but those of images holds bytes.
+    """Makes sure that columns have different names, and that none but those of images holds bytes.
 
     Raises:
-        ValueError: One does.
+        ValueError: They have not, or one does.
     """
+    if len(twice := schema.names) != len(set(twice)):
+        name = next(name for name in twice if twice.count(name) > 1)
+        raise ValueError(f"column {name!r} is there {twice.count(name)} times, and only one can be meant; rename it")
     for column in schema:
         if column.name not in IMAGE_COLUMNS and "binary" in str(column.type):
             raise ValueError(f"column {column.name!r} holds bytes, and only {' and '.join(IMAGE_COLUMNS)} may")
@@ -167,7 +173,9 @@ class Spool:
             self._starts.append(slots.tell())
             slots.write(json.dumps(found).encode() + b"\n")
         self._held = (index, found)
-        return Row(index, start, len(text), json.loads(text))
+        value = json.loads(text)
+        is_deep = is_too_deep(value)
+        return Row(index, start, len(text), None if is_deep else value, TOO_DEEP if is_deep else None)
 
     def flush(self) -> None:
         """Lets all that was added be read by others."""

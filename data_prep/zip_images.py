@@ -24,17 +24,23 @@ from data_prep.row_shapes import Refused
 HEADER = struct.Struct("<4s4xHH4xLLLHHH8xL")  # of a member, in the directory
 END = struct.Struct("<4s8xLL2x")  # a comment of up to 65,535 bytes follows
 END64 = struct.Struct("<4s36xQQ20x")  # with the locator of 20 bytes that stands between it and the other end
-TOO_LARGE = 1 << 62  # bytes: sums of such numbers still fit where files are read
 MAX_END_BYTES = END64.size + END.size + 65535
 IN_EXTRA_FIELD = 0xFFFFFFFF  # for a number that takes 64 bits
 ZIP64, UNICODE_NAME = 0x0001, 0x7075  # kinds of extra field
 ENCRYPTED, UTF8_NAME = 0x0001, 0x0800  # flags
 LOCAL_HEADER_BYTES = 30
+ENCRYPTED_METHOD, DAMAGED_METHOD = -1, -2
+UNREADABLE = {
+    ENCRYPTED_METHOD: "is encrypted; use stored or deflated members",
+    DAMAGED_METHOD: "is damaged: what the zip's directory says of it cannot be",
+}
+DEFLATE_RATIO = 1032
+"""Source: zlib's technical details: no deflated data become larger than this many times their size."""
 SLACK_BYTES = 256  # read along with a member's header; the extra field of most zips is far shorter
 
 
 class ZipSlot(NamedTuple):
-    """Where a member's bytes lie in its zip file, and how to know them; `method` is -1 where they are encrypted."""
+    """Where a member's bytes lie in its zip file, and how to know them; `method` may also be one of `UNREADABLE`."""
 
     header_offset: int
     num_stored_bytes: int
@@ -53,7 +59,7 @@ class ZipDirectory:
             ValueError: It is not a zip file, or its directory is damaged.
         """
         try:
-            start, num_bytes, self.num_bytes_before = _find_directory(location)
+            start, num_bytes, self.num_bytes_before, self.file_bytes = _find_directory(location)
             self.directory = read_range(str(location), start, num_bytes) if num_bytes else b""
             self.crcs, self.header_offsets = self._index()
         except (zipfile.BadZipFile, struct.error) as error:
@@ -96,19 +102,30 @@ class ZipDirectory:
         name = raw_name = self.directory[header_offset + HEADER.size : name_end]
         if not (flags & UTF8_NAME or name.isascii()):
             name = name.decode("cp437").encode()
-        for kind, data in _extra_fields(self.directory[name_end : name_end + extra_bytes]):
-            if kind == ZIP64:
-                size, stored, offset = _widen([size, stored, offset], data)
-            elif kind == UNICODE_NAME and data[:5] == struct.pack("<BL", 1, zlib.crc32(raw_name)):
-                name = data[5:] or name
-        if max(size, stored, offset) >= TOO_LARGE:
-            raise zipfile.BadZipFile(f"its directory is damaged at byte {header_offset:,}: no file is so large")
-        slot = ZipSlot(self.num_bytes_before + offset, stored, size, -1 if flags & ENCRYPTED else method, crc)
+        method = ENCRYPTED_METHOD if flags & ENCRYPTED else method
+        try:
+            for kind, data in _extra_fields(self.directory[name_end : name_end + extra_bytes]):
+                if kind == ZIP64:
+                    size, stored, offset = _widen([size, stored, offset], data)
+                elif kind == UNICODE_NAME and data[:5] == struct.pack("<BL", 1, zlib.crc32(raw_name)):
+                    name = data[5:] or name
+        except (zipfile.BadZipFile, struct.error):
+            method = DAMAGED_METHOD
+        slot = ZipSlot(self.num_bytes_before + offset, stored, size, method, crc)
+        if not self._may_be(slot):
+            slot = ZipSlot(0, 0, 0, DAMAGED_METHOD, 0)
         return name, slot, name_end + extra_bytes + comment_bytes
 
+    def _may_be(self, slot: ZipSlot) -> bool:
+        """Whether a member lies in the file and can be as large as it says; only what was read is known of it."""
+        if slot.method == DAMAGED_METHOD or slot.header_offset + slot.num_stored_bytes > self.file_bytes:
+            return False
+        growth = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}.get(slot.method)
+        return growth is None or slot.num_bytes <= slot.num_stored_bytes * growth
 
-def _find_directory(location: Location) -> tuple[int, int, int]:
-    """Returns where a zip's directory begins, its bytes, and how many bytes stand in front of the zip."""
+
+def _find_directory(location: Location) -> tuple[int, int, int, int]:
+    """Returns where a zip's directory begins, its bytes, the bytes in front of the zip, and those of the file."""
     with named_errors(location):
         file_bytes = location.stat().st_size
     tail_bytes = min(file_bytes, MAX_END_BYTES)
@@ -125,7 +142,7 @@ def _find_directory(location: Location) -> tuple[int, int, int]:
     start = file_bytes - tail_bytes + end - num_bytes
     if start < offset:
         raise zipfile.BadZipFile(f"{offset - start:,} bytes of it are missing")
-    return start, num_bytes, start - offset
+    return start, num_bytes, start - offset, file_bytes
 
 
 def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
@@ -150,6 +167,11 @@ def read_member(file: str, name: str, slot: ZipSlot) -> bytes:
     Raises:
         Refused: It is damaged, encrypted or compressed in an unusual way.
     """
+    if slot.method in UNREADABLE:
+        raise Refused("zip_member", f"zip member {UNREADABLE[slot.method]}", name)
+    if slot.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        told = f"zip member is compressed by method {slot.method}; use stored or deflated members"
+        raise Refused("zip_member", told, name)
     guess = LOCAL_HEADER_BYTES + len(name.encode()) + SLACK_BYTES + slot.num_stored_bytes
     block = read_range(file, slot.header_offset, guess)
     if len(block) < LOCAL_HEADER_BYTES or not block.startswith(b"PK\3\4"):
@@ -159,9 +181,6 @@ def read_member(file: str, name: str, slot: ZipSlot) -> bytes:
     if len(stored) < slot.num_stored_bytes:
         stored = read_range(file, slot.header_offset + start, slot.num_stored_bytes)
     try:
-        if slot.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            kind = "encrypted" if slot.method < 0 else f"compressed by method {slot.method}"
-            raise Refused("zip_member", f"zip member is {kind}; use stored or deflated members", name)
         data = stored if slot.method == zipfile.ZIP_STORED else _inflate(stored, slot.num_bytes)
     except zlib.error as error:
         raise Refused("zip_member", f"zip member is damaged: {error}", name) from None

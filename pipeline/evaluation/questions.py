@@ -108,6 +108,8 @@ def questions_in(rows: Iterable[Row], name: object, chosen: slice) -> list[Quest
     """
     questions: list[Question] = []
     for row in islice(rows, chosen.start, chosen.stop):
+        if row.problem:
+            raise ValueError(f"{name} index {row.index}: not a LLaVA row ({row.problem})")
         try:
             questions += _questions_of(row)
         except (Refused, TypeError, AttributeError) as error:

@@ -13,8 +13,10 @@ from PIL import Image
 
 from common.console import UsageError
 from data_prep.image_check import check_image
-from data_prep.image_roots import open_images, read_image
+from data_prep.image_roots import MAX_IMAGE_BYTES, open_images, read_image
 from data_prep.row_shapes import Refused
+
+CPU = "/sys/devices/system/cpu/online"
 
 
 def encoded(kind: str) -> bytes:
@@ -215,3 +217,25 @@ def test_names_are_utf8_in_every_locale(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     told = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert told.stdout == "ascii b'bytes'\n", told.stderr
+
+
+def test_what_is_no_file_of_a_disk_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    """Links into /proc and /sys lead to files of size 0 or 4,096 that hold something else, or wait for a reader."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, target in (("zero", "/dev/zero"), ("mem", "/proc/self/mem"), ("kmsg", "/proc/kmsg"), ("cpu", CPU)):
+        (tmp_path / f"{name}.png").symlink_to(target)
+    images = open_images([str(tmp_path)])
+    assert images.find("pipe.png") is None and images.find("zero.png") is None
+    for name in ("mem", "kmsg"):
+        entry = images.find(f"{name}.png")
+        assert entry and read_image(entry) == b""
+    entry = images.find("cpu.png")
+    with pytest.raises(Refused, match="its size is not that of its bytes"):
+        assert entry and read_image(entry)
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    with pytest.raises(Refused, match="a file of 2,147,483,649 bytes, more than 2,147,483,648"):
+        open_images([str(tmp_path)]).find("a.png")

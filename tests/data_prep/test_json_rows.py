@@ -49,7 +49,7 @@ def test_rows_and_their_places_whatever_the_window(
         ("a.json", b"[{}, ]", "Expecting value at line 1 (byte 5)"),
         ("a.json", b"[{}]\n[{}]", "text follows the end of the array at line 2 (byte 5)"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8 (invalid start byte) at line 1 (byte 8)"),
-        ("a.json", b"[" * 50_000, "nested too deeply"),
+        ("a.json", b"[" * 50_000, "nested more than 100 deep, and it does not end"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}', "at line 3"),
         ("a.jsonl", b'{"a": 1},\n{"a": 2}', "Expecting value at line 1 (byte 8)"),
     ],
@@ -77,3 +77,19 @@ def test_a_broken_row_does_not_pull_the_rest_of_the_file_into_memory(
         window.read_value()
     assert len(window.text) < 1000
     window.file.close()
+
+
+@pytest.mark.parametrize("depth", [99, 100, 400, 990, 60_000])
+@pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
+def test_a_row_that_is_nested_too_deeply_has_no_value_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
+    deep = '{"id": "]}\\"", "extra": ' + "[" * depth + "]" * depth + "}"
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"id": 0}}, {deep}, {{"id": 2}}]')
+    rows = list(read_rows(path))
+    problem = None if depth < 100 else "nested more than 100 deep"
+    assert [row.problem for row in rows] == [None, problem, None]
+    assert [row.value == {} or bool(row.value) for row in rows] == [True, depth < 100, True]
+    assert path.read_bytes()[rows[1].offset :][: rows[1].num_bytes].decode() == deep

@@ -278,6 +278,24 @@ def test_an_unreadable_source_is_named_with_the_place(dataset, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["pipe.json", "pipe.parquet", "pipe", "zero.json"])
+def test_rows_come_out_of_regular_files(dataset, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    if name != "pipe":
+        (tmp_path / name).symlink_to("/dev/zero" if name == "zero.json" else "pipe")
+    with pytest.raises(ValueError, match=f"{name} is a pipe or a device; only regular files are read"):
+        make_shards(tmp_path / name, dataset.images, tmp_path / "out", Settings())
+
+
+def test_rows_that_are_nested_too_deeply_are_counted(dataset, tmp_path: Path) -> None:
+    rows = dataset.data.read_text().rstrip().removesuffix("]")
+    deep = [f'{{"id": {"[" * depth}{"]" * depth}, "conversations": 1}}' for depth in (990, 5000)]
+    dataset.data.write_text(f"{rows}, {', '.join(deep)}]")
+    make_shards(dataset.data, dataset.images, tmp_path / "out", Settings(), 1, max_bad_fraction=0.9)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["reason"] for reject in rejects[-2:]] == ["the row is nested more than 100 deep"] * 2
+
+
 def test_sizes() -> None:
     sizes = [parse_bytes(text) for text in ("256MB", "1GiB", "1.5 kb", "1000", "2MiB")]
     assert sizes == [256_000_000, 2**30, 1500, 1000, 2**21]

@@ -285,3 +285,10 @@ def test_photos_in_a_table(realdata: Path, tmp_path: Path) -> None:
     make_shards(data, images, tmp_path / "json", Settings())
     make_shards(tmp_path / "photos.parquet", (), tmp_path / "table", Settings())
     assert tars(tmp_path / "table") == tars(tmp_path / "json")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    arrays = [pa.array([[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]])] * 2
+    pq.write_table(pa.Table.from_arrays(arrays, names=["conversations"] * 2), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="column 'conversations' is there 2 times, and only one can be meant"):
+        list(read_table(tmp_path / "a.parquet", "a.parquet"))
