@@ -99,7 +99,9 @@ class TarReader(SplitReader):
             if not (is_map and max(ends) <= self.raw_data.bytes):
                 raise ValueError("other samples than in index.json, or places outside the tar")
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise DamagedShard(f"{self.sidecar_path} is no sidecar of a shard ({error}); {self._way_out()}") from None
+            raise DamagedShard(
+                f"{self.sidecar_path} is no sidecar of a shard ({error}); {self._way_out(True)}"
+            ) from None
         return sidecar
 
     def load(self) -> Slots:
@@ -129,7 +131,8 @@ class TarReader(SplitReader):
                 head = os.pread(file.descriptor, min(end, size), offset)  # a damaged size may be anything
             return parse_record(head[BLOCK_BYTES:end])
         except ValueError:
-            raise self._damaged(idx, "damaged (record)") from None
+            self.read_sample(file, idx)  # says so if its bytes are others than once
+            raise self._damaged(idx, "damaged (record)", is_as_written=True) from None
 
     def read_members(self, file: OpenFile, idx: int) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Returns the record of sample `idx`, and all its members by name, those of its images among them."""
@@ -139,9 +142,9 @@ class TarReader(SplitReader):
             record = parse_record(members["json"])
             missing = {image["member"] for image in record["images"]} - members.keys()
         except (KeyError, ValueError) as error:
-            raise self._damaged(idx, f"no sample of `make shards` ({error})") from None
+            raise self._damaged(idx, f"no sample of `make shards` ({error})", is_as_written=True) from None
         if missing:
-            raise self._damaged(idx, f"without image {min(missing)!r} of its record")
+            raise self._damaged(idx, f"without image {min(missing)!r} of its record", is_as_written=True)
         return record, members
 
     def get_sample_data(self, idx: int) -> bytes:
@@ -152,13 +155,16 @@ class TarReader(SplitReader):
         """Returns the members of a sample by name without the key: `json`, `jpg`, `0.png`, ..."""
         return split_members(data)
 
-    def _damaged(self, idx: int, what: str) -> DamagedShard:
+    def _damaged(self, idx: int, what: str, is_as_written: bool = False) -> DamagedShard:
         key = self.sidecar()["keys"][idx]
-        return DamagedShard(f"{self.path}: sample {idx} (key {key}) is {what}; {self._way_out()}")
+        return DamagedShard(f"{self.path}: sample {idx} (key {key}) is {what}; {self._way_out(is_as_written)}")
 
-    def _way_out(self) -> str:
+    def _way_out(self, is_as_written: bool = False) -> str:
+        """Returns what to do; `is_as_written`: the bytes are those of the checksums, so they were never right."""
         if self.in_place:
             return "delete this tar and run `make shards` again"
+        if is_as_written:
+            return "its checksum is right, so it lies in the store like this; have the shards written again there"
         return "it was verified when it was fetched, so suspect the disk of this machine; delete it to fetch it anew"
 
     def _evict_raw(self) -> int:

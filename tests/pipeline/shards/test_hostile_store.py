@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
@@ -13,6 +14,8 @@ from common.paths import within
 from data_prep.listings import file_digest, with_own_digest
 from pipeline.shards.shard_cache import ShardCache
 from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.tar_reader import DamagedShard
+from tests.soak.fuzz import believe_listings
 from tests.watch import snapshot
 
 
@@ -138,3 +141,42 @@ def test_making_room_removes_nothing_through_a_link(shard_folder, tmp_path, vict
     assert snapshot(victim.parent) == before
     (victim.parent / "shard-000001.tar.99.part").rmdir()
     old.unlink()
+
+
+@pytest.mark.parametrize("text", [b'"konversations"', b'"conversations"'], ids=["no record", "no image"])
+def test_a_store_that_was_written_wrongly_is_not_blamed_on_the_disk(shard_folder, tmp_path, text):
+    """Every checksum is right: somebody wrote these records so."""
+    store = copytree(shard_folder, tmp_path / "store")
+    tar, sidecar = store / "shard-000000.tar", store / "shard-000000.json"
+    changed = tar.read_bytes().replace(b'"conversations"', text)
+    changed = changed.replace(b'"member":"', b'"member":"x') if changed == tar.read_bytes() else changed
+    data, listed = changed[: tar.stat().st_size], json.loads(sidecar.read_bytes())
+    places = list(zip(listed["offsets"], listed["sizes"], strict=True))
+    listed["checksums"] = [zlib.crc32(data[offset : offset + size]) for offset, size in places]
+    tar.write_bytes(data)
+    sidecar.write_text(json.dumps(listed))
+    digest = hashlib.sha256(data).hexdigest()
+    index, manifest = (json.loads((store / name).read_bytes()) for name in ("index.json", "manifest.json"))
+    index["shards"][0]["raw_data"]["hashes"]["sha256"] = manifest["shards"][0]["sha256"] = digest
+    (store / "index.json").write_text(json.dumps(index))
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    believe_listings(store)
+    for read in ("members", "record") if b"konv" in text else ("members",):
+        with pytest.raises(DamagedShard, match="its checksum is right, so it lies in the store like this") as refused:
+            shards = ShardSet(f"file://{store}", tmp_path / "cache", 10**9)
+            [getattr(shards, read)(number) for number in range(len(shards))]
+        assert "disk" not in str(refused.value)
+
+
+def test_listings_are_bounded(shard_folder, tmp_path):
+    store = copytree(shard_folder, tmp_path / "store")
+    os.truncate(store / "index.json", 1 << 40)
+    for location in (f"file://{store}", str(store)):
+        with pytest.raises(ValueError, match=r"1,099,511,627,776 bytes, and 1,073,741,824 are the most"):
+            ShardSet(location, tmp_path / "cache", 10**9)
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "info.json")
+    with pytest.raises(ValueError, match="info.json is a pipe or a device"):
+        within(tmp_path, "info.json")
