@@ -15,6 +15,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Source: the size at which Pillow itself raises DecompressionBombError (twice `Image.MAX_IMAGE_PIXELS`)."""
+MAX_IMAGE_BYTES = 2 << 30
+"""No file of an image is larger: that is twice what so many pixels of four channels take without compression."""
 COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXCLUDED_FORMATS = {
     "EPS",  # runs Ghostscript

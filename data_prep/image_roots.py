@@ -23,12 +23,11 @@ from upath import UPath
 
 from common.console import UsageError
 from common.files import Location, named_errors, open_location, read_range
+from common.images import MAX_IMAGE_BYTES
 from data_prep.row_shapes import Refused
 from data_prep.zip_images import ZipDirectory, ZipSlot, read_member
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "avif", "jp2")
-MAX_IMAGE_BYTES = 2 << 30
-"""No image is larger: that is twice what `common.images.MAX_PIXELS` of four channels take without compression."""
 REFUSED_ERRORS = (errno.ELOOP, errno.EACCES, errno.EPERM)
 NAMED_ROOT = re.compile(r"([\w-]+(?:/[\w-]+)*)=(.+)", re.DOTALL)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from common.console import count_text
 from common.json_files import read_json_object
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
@@ -67,7 +68,7 @@ def check_weights(folder: Path, expected: Mapping[str, torch.Size]) -> None:
                     told = f"of shape {list(expected[weight])}" if weight in expected else "not there"
                     raise ValueError(f"it holds {weight} of shape {list(shape)}, by config.json it is {told}")
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} weights are in no file, such as {min(missing)}; {WAY_OUT}")
+        raise ValueError(f"{folder} lacks {count_text(len(missing), 'weight')}, such as {min(missing)}; {WAY_OUT}")
 
 
 def generation_settings(folder: Path, config: Any) -> GenerationConfig:
@@ -148,7 +149,7 @@ def check_processor(folder: Path, processor: SaisaProcessor, config: SaisaConfig
     if type(processor.num_image_tokens) is not int or processor.num_image_tokens != config.num_image_tokens:
         raise ValueError(
             f"{folder / 'processor_config.json'}: num_image_tokens={processor.num_image_tokens!r}, but the model has "
-            f"{config.num_image_tokens} visual tokens an image; {WAY_OUT}"
+            f"{count_text(config.num_image_tokens, 'visual token')} an image; {WAY_OUT}"
         )
 
 

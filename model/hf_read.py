@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from common.console import count_text
 from common.json_files import read_json_object
 from common.paths import check_plain, check_regular
 from common.pickles import tell
@@ -200,7 +199,7 @@ def check_growth(file: Path) -> None:
         largest = max(_growth(content.get("normalizer")), _growth(content.get("decoder")))
         largest = max(largest, _num_added(content.get("post_processor")))
         if largest > MAX_GROWTH:
-            raise ValueError(f"it may make {largest:.3g} characters or tokens of one, and {MAX_GROWTH} are the most")
+            raise ValueError(f"one character or text may become {largest:.3g}, and {MAX_GROWTH} are the most")
 
 
 def _growth(step: Any) -> float:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from common.console import count_text
 from model.config import VisionConfig
 from model.flops import encoder_forward_flops
 from model.hf.vision_saisa import VisionTower, stored_name

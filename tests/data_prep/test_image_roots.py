@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from common.console import UsageError
+from common.images import MAX_IMAGE_BYTES
 from data_prep.image_check import check_image
-from data_prep.image_roots import MAX_IMAGE_BYTES, open_images, read_image
+from data_prep.image_roots import open_images, read_image
 from data_prep.row_shapes import Refused
 
 CPU = "/sys/devices/system/cpu/online"
