@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    chance, moments, num_runs, most_lost = random.Random(options.seed), Counter(), 0, 0
+    chance, activities, num_runs, most_lost = random.Random(options.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory(prefix="saisa-soak-") as name:
         write_dataset(Path(name, "data"), num_train=60, num_test=8, seed=0, image_size=64)
         world = build_world(Path(name), DEEP_SIZES)
@@ -65,18 +65,18 @@ def main() -> None:
             whole = soak_config(world, stage1, Path(name, f"whole-{number}"), **changes)
             seconds = run_undisturbed(num_processes, whole)
             print(f"{topology}: {seconds:.1f} s undisturbed", flush=True)
-            while moments.total() < options.kills * number / len(TOPOLOGIES):
+            while activities.total() < options.kills * number / len(TOPOLOGIES):
                 num_runs += 1
                 config = soak_config(world, stage1, Path(name, f"run-{num_runs}"), **changes)
                 moments = random_moments(config.run_dir, seconds, chance)
                 for kill in kill_again_and_again(num_processes, config, moments):
-                    moments[kill.moment] += 1
+                    activities[kill.activity] += 1
                     most_lost = max(most_lost, kill.num_lost)
-                    print(f"kill {moments.total()}: {kill}", flush=True)
+                    print(f"kill {activities.total()}: {kill}", flush=True)
                 check_same_run(config, whole)
                 print(f"run {num_runs}: finished, bit for bit, nothing left behind", flush=True)
-    told = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
-    print(f"PASSED: {moments.total()} kills ({told}), {num_runs} runs, at most {most_lost} steps lost by a kill")
+    told = ", ".join(f"{count} {activity}" for activity, count in sorted(activities.items()))
+    print(f"PASSED: {activities.total()} kills ({told}), {num_runs} runs, at most {most_lost} steps lost by a kill")
 
 
 def soak_config(world: World, stage1: RunConfig, run_dir: Path, **changes: object) -> RunConfig:
@@ -92,7 +92,7 @@ class Kill:
 
     num_finished: int
     num_saved: int
-    moment: str
+    activity: str
 
     @property
     def num_lost(self) -> int:
@@ -100,7 +100,7 @@ class Kill:
         return max(0, self.num_finished - self.num_saved)
 
     def __str__(self) -> str:
-        return f"{self.moment}; step {self.num_finished} finished, {self.num_saved} saved, {self.num_lost} lost"
+        return f"{self.activity}; step {self.num_finished} finished, {self.num_saved} saved, {self.num_lost} lost"
 
 
 def kill_again_and_again(num_processes: int, config: RunConfig, moments: Iterator[Moment]) -> Iterator[Kill]:
@@ -125,7 +125,7 @@ def kill_again_and_again(num_processes: int, config: RunConfig, moments: Iterato
         assert num_saved >= before, f"step {before} was saved and is gone"
         if not was_killed:
             return
-        kill = Kill(num_finished_steps(config.run_dir), num_saved, moment_of_kill(config.run_dir, started, said))
+        kill = Kill(num_finished_steps(config.run_dir), num_saved, activity_at_kill(config.run_dir, started, said))
         assert kill.num_lost <= most_lost, f"{kill}; {most_lost} are allowed"
         yield kill
 
@@ -285,7 +285,7 @@ def num_finished_steps(run_dir: Path) -> int:
     return len([line for line in file.read_text().splitlines() if line.endswith("}")])
 
 
-def moment_of_kill(run_dir: Path, started_ns: int, said: str) -> str:
+def activity_at_kill(run_dir: Path, started_ns: int, said: str) -> str:
     """Returns what a run was doing when it was killed, as what it left shows."""
     parts = [part for part in run_dir.glob("checkpoints/*.part") if time_of_change(part) > started_ns]
     if any(part.name > f"step-{saved_step(run_dir):08d}.part" for part in parts):
