@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from traceback import clear_frames
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -172,7 +173,7 @@ class BatchSource(Dataset[GlobalBatch]):
         if not data.num_workers:
             yield from self._read_ahead(steps)
             return
-        yield from DataLoader(
+        loader = DataLoader(
             self,
             batch_size=None,
             sampler=steps,
@@ -182,6 +183,11 @@ class BatchSource(Dataset[GlobalBatch]):
             multiprocessing_context=worker_context(),
             worker_init_fn=init_worker_signals,
         )
+        try:
+            yield from loader
+        except Exception as error:
+            clear_frames(error.__traceback__)  # which hold the workers; left to the garbage, they take 5 seconds to end
+            raise
 
     def _read_ahead(self, steps: range) -> Iterator[GlobalBatch]:
         ahead = self.config.data.prefetch_steps

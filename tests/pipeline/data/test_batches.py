@@ -139,20 +139,21 @@ def test_an_image_that_does_not_decode_names_the_record(stage2, monkeypatch):
 
 
 def test_an_error_in_a_worker_process_ends_the_run(stage2):
+    before = active_children()
     broken = source(with_data(stage2, num_workers=1, prefetch_steps=1))
     broken.schedule.table.values[:, 0] += 1
     with pytest.raises(ValueError, match="length table"):
         list(broken.batches(0))
+    assert set(active_children()) <= set(before)  # the worker too has ended, and is not waited for later
 
 
 def test_readers_outlive_the_sigterm_of_their_group(stage2):
     batches = source(with_data(stage2, num_workers=2, prefetch_steps=1)).batches(0)
     assert next(batches).step == 0
-    children = psutil.Process().children(recursive=True)
-    running = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]  # those are of earlier tests
-    readers = [each for each in running if "forkserver" in " ".join(each.cmdline())]
-    assert len(readers) >= 3  # and the server they are forked from
-    subprocess.run(["kill", *(str(each.pid) for each in readers)], check=True)
+    readers = [psutil.Process(each.pid) for each in active_children()]
+    servers = {reader.parent() for reader in readers}  # and the one that they are forked from
+    assert len(readers) == 2 and len(servers) == 1 and psutil.Process() not in servers
+    subprocess.run(["kill", *(str(each.pid) for each in (*servers, *readers) if each)], check=True)
     assert [batch.step for batch in batches] == [1, 2, 3, 4, 5]
 
 
