@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
+import botocore.endpoint
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from webdataset.compat import WebDataset
@@ -22,6 +24,9 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.tar_reader import split_members
 from tests.s3_server import Bucket
 from tests.shard_sets import LONG_ANSWER, NUM_SAMPLES
+
+NO_WAIT = SimpleNamespace(sleep=lambda seconds: None)
+"""In place of `time` where botocore waits before it asks again."""
 
 
 def everything(shards: ShardSet) -> list[dict[str, bytes]]:
@@ -112,8 +117,9 @@ def test_a_set_works_where_it_is_sent(shard_folder, tmp_path):
 
 
 def adopt(environment: dict[str, str], worker: int) -> None:
-    """Gives a worker the environment that leads to the S3 server."""
+    """Gives a worker the environment that leads to the S3 server, and lets it ask again at once."""
     os.environ.update(environment)
+    botocore.endpoint.time = NO_WAIT
 
 
 class Samples(Dataset):
@@ -234,8 +240,9 @@ def test_processes_share_a_cache(shard_folder, tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*.tar")) <= limit
 
 
-def test_s3_that_fails_now_and_then(shard_folder, tmp_path, s3: Bucket):
+def test_s3_that_fails_now_and_then(shard_folder, tmp_path, s3: Bucket, monkeypatch):
     s3.upload(shard_folder, "shards")
+    monkeypatch.setattr("botocore.endpoint.time", NO_WAIT)
     limit = 2 * max(tar.stat().st_size for tar in shard_folder.glob("*.tar"))
     with s3.server.watched(fail_every=3) as requests:
         shards = ShardSet(f"{s3.url}/shards", tmp_path, limit)
