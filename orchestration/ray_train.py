@@ -46,7 +46,8 @@ def train_on_ray(run: RunConfig, num_workers: int, cpus_per_worker: float, max_f
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    ray.init()
+    if not ray.is_initialized():
+        ray.init()
     use_gpu = "GPU" in ray.cluster_resources()
     trainer = TorchTrainer(
         train_worker,

@@ -16,19 +16,21 @@ from tests.processes import wait_for_steps
 from tests.world import CONFIGS
 
 
-def workers(number: int, overrides: list[str], said: Path, ray: str | None = None) -> subprocess.Popen[bytes]:
-    """Starts the driver, on the Ray of this address (which is told as a job is told it) or on one of its own."""
+def workers(number: int, overrides: list[str], said: Path) -> subprocess.Popen[bytes]:
+    """Starts the driver, on a Ray of its own."""
     driver = [sys.executable, "-m", "orchestration.ray_train", "--config", str(CONFIGS / "demo-stage1.yaml")]
     command = [*driver, "--num-workers", str(number), "--cpus-per-worker", "0.5", *overrides]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **({"RAY_ADDRESS": ray} if ray else {})}
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     with said.open("w") as file:
         return subprocess.Popen(command, cwd=CONFIGS.parent, env=environment, stdout=file, stderr=file)
 
 
-def test_a_ray_worker_gives_the_losses_of_a_process_without_ray(world, stage1, local_ray, tmp_path):
+@pytest.mark.usefixtures("local_ray")
+def test_a_ray_worker_gives_the_losses_of_a_process_without_ray(world, stage1, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # in which it looks whether the worker has ended
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more that imports for seconds
     overrides = world.overrides(tmp_path, **{"optim.learning_rate": stage1.optim.learning_rate})
-    run = workers(1, overrides, tmp_path / "said", local_ray)
-    assert run.wait() == 0, (tmp_path / "said").read_text()
+    main(CONFIGS / "demo-stage1.yaml", overrides, cpus_per_worker=0.5)
     losses, expected = ([step["loss"] for step in read_metrics(run)] for run in (tmp_path, stage1.run_dir))
     assert losses == expected
 
