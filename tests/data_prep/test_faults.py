@@ -37,7 +37,7 @@ from tests.kills import (
 )
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-NUM_ROWS, SETTINGS = 400, Settings(shard_bytes=60_000)
+NUM_ROWS, SETTINGS = 200, Settings(shard_bytes=60_000)
 IN_A_NAMESPACE = ["unshare", "--mount", "--map-root-user", "sh", "-euc"]
 ON_A_SMALL_DISK = """
 out=$1; larger=$2; shift 2
