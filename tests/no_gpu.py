@@ -1,7 +1,8 @@
 """Importing this hides GPUs, and Transformer Engine, whose kernels megatron-core would use without one too.
 
 The first import of the tests and of the processes that they start: all but `make test-gpu` compares with the CPU, on
-any machine.
+any machine. There nothing is compiled, unless a test deletes `TORCHDYNAMO_DISABLE`; megatron-core would import the
+compiler, for a second in each process.
 """
 
 import os
@@ -9,4 +10,5 @@ import sys
 
 if "SAISA_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     sys.modules["transformer_engine"] = None  # type: ignore

@@ -124,6 +124,7 @@ def test_flash_kernels_get_the_segments_and_a_causal_mask(kernel, monkeypatch):
 
 
 def test_one_compiled_kernel_serves_packs_of_all_lengths(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     # Without kernels: the tracer alone, whose guards decide when a kernel is compiled again.
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))

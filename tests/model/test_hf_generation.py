@@ -171,13 +171,14 @@ def test_a_static_cache_takes_masks_of_two_lengths(mask: str) -> None:
         model(torch.tensor([[5]]), attention_mask=torch.ones(1, 3), past_key_values=cache)
 
 
-def test_a_decoding_step_is_one_graph_compiled_once() -> None:
+def test_a_decoding_step_is_one_graph_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     inputs = batch(ROWS[1:3]) | {"pixel_values": all_pixels()[:2]}
     length = inputs["input_ids"].shape[1]
     expected: Any = model.generate(**inputs, **GREEDY)
     cache = StaticCache(config=model.config, max_cache_len=length + 8)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 8), value=1)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     torch._dynamo.reset()
     num_graphs = 0
 
