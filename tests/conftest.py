@@ -12,15 +12,40 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import initialize_distributed, shutdown_distributed
-
-pytest_plugins = ["tests.world", "tests.shard_sets", "tests.s3_server", "tests.local_ray"]
+PLUGINS = ["tests.shard_sets", "tests.world", "tests.s3_server", "tests.local_ray"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_finish() -> None:
-    """What is imported stays; without this, every checkpoint looks through all of it for garbage."""
-    gc.freeze()
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports the fixtures, and with them all that is tested, but not where others run the tests (`-n 2`)."""
+    if config.getoption("dist", "no") == "no":
+        for name in PLUGINS:
+            config.pluginmanager.import_plugin(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets two processes that share the tests (`-n 2`) begin with what takes long, and need different fixtures for it.
+
+    Each is given a half of the list; whoever is through takes from the end of the other's.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") != "2":
+        return
+    parts: dict[str, list[pytest.Item]] = {name: [] for name in ("deep_world", "local_ray", "world", "")}
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        parts[next(name for name in parts if name in fixtures or not name)].append(item)
+    first, short = parts["local_ray"] + parts["world"], parts[""]
+    num_short = max(0, len(items) // 2 - len(first))
+    items[:] = first + short[:num_short] + parts["deep_world"] + short[num_short:]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays; without `freeze`, every checkpoint looks through all of it for garbage."""
+    if session.items:
+        gc.freeze()
+        if "SAISA_TEST_GPU" not in os.environ:  # a fork of a process that has asked for GPUs could not use them
+            importlib.import_module("tests.processes").start_server(session.config.getoption("capture") == "no")
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +60,8 @@ def realdata() -> Path:
 @pytest.fixture
 def megatron() -> Iterator[None]:
     """A process group of one, with megatron-core's groups on it, so that its layers can be built in this process."""
+    from pipeline.distributed import initialize_distributed, shutdown_distributed
+
     initialize_distributed()
     yield
     shutdown_distributed()

@@ -9,13 +9,17 @@ import os
 import subprocess
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -60,7 +64,35 @@ def run_together(num_processes: int, function: Callable[..., Any], *args: Any) -
 
 def with_trainer() -> ForkServerContext:
     """Returns what starts processes that have imported the trainer already."""
-    return fork_server(["tests.no_gpu", "pipeline.loop", "tests.world"])
+    return fork_server(["tests.no_gpu", "tests.world", "tests.late_imports"])
+
+
+def start_server(shows_output: bool) -> None:
+    """Makes the fork server a fork of this process, which need not import for seconds what this one has imported.
+
+    For a process that has not computed yet: no thread of PyTorch's or Ray's may be in the middle of something.
+    """
+    resource_tracker.ensure_running()
+    with patch("multiprocessing.util.spawnv_passfds", partial(_fork_and_execute, shows_output)):
+        with_trainer()
+
+
+def _fork_and_execute(shows_output: bool, _executable: str, arguments: list[str], descriptors: list[int]) -> int:
+    """Does what `python -c code` does in a fork, which shares these files and no others; returns its process id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the thread by which pytest-xdist listens: the fork wants nothing of it
+        pid = os.fork()
+    if pid:
+        return pid
+    try:
+        forkserver._forkserver.__init__()  # the fork was made in the middle of starting it, which holds its lock
+        # Their numbers stay taken: what pytest logs to must not become what multiprocessing opens
+        nowhere, shared = os.open(os.devnull, os.O_RDWR), {*descriptors, *((1, 2) if shows_output else ())}
+        for number in {int(name) for name in os.listdir("/proc/self/fd")} - shared:
+            os.dup2(nowhere, number)
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
 
 
 def new_store() -> TCPStore:
