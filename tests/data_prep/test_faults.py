@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from data_prep.tables import Spool
 from tests.full_disk import no_file_larger_than
 from tests.kills import (
     MOST_STARTS,
+    POLL_SECONDS,
     check_ray,
     command,
     contents,
@@ -86,7 +88,7 @@ def test_killed_workers_are_replaced_during_the_run(calm, local_ray: str, tmp_pa
             wait_for_shards(process, out, number)
             # Workers are children of the Ray that this process has started
             while process.poll() is None and not kill_worker(psutil.Process().children(recursive=True), chance):
-                pass
+                time.sleep(POLL_SECONDS)
             num_killed += process.poll() is None
         said = process.communicate()[1]
     assert process.returncode == 0 and num_killed >= 2, said
