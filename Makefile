@@ -24,13 +24,14 @@ help: ## list the targets
 
 setup: .venv/.ready ## build .venv from requirements.lock (what needs it does this by itself, once)
 
-.venv/.ready: requirements.lock
+.venv/.ready: requirements.lock benchmarks/fake_gpu/requirements.txt
 	@python=$$(command -v python3.12 || command -v python3); \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
 	  { echo "error: $$python is not Python 3.12; install Python 3.12 and try again" >&2; exit 1; }; \
 	$$python -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) -r requirements.lock
+	$(PYTHON) -m uv pip install --quiet --no-deps --target .venv/transformer-engine -r benchmarks/fake_gpu/requirements.txt
 	@touch $@
 
 demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2, export, questions

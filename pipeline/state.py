@@ -70,12 +70,10 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     table = broadcast_from_rank0(lambda: load_table(config, sets, build_console(stderr=True)))
     coordinates = RankCoordinates(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
     source = build_source(config, sets, table, coordinates)
-    stages = build_stages(config, groups, layers_per_stage(config, table))
+    stages = build_stages(config, groups, layers_per_stage(config, table), device)
     for stage in stages:
         initial_parameters(config, stage, groups.tp)
-        freeze(stage, config.phase)
-        stage.to(device)
-    wrapped = wrap(stages, groups)
+    wrapped = make_trainable(config, stages, groups)
     return TrainState(
         config=config,
         device=device,
@@ -104,11 +102,23 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
     return split_layers(layer, head, model.num_layers, parallel.num_stages)
 
 
-def build_stages(config: RunConfig, groups: ProcessGroupCollection, num_layers: Sequence[int]) -> list[SaisaModel]:
-    """Returns this process's stages of the pipeline, without weights."""
-    parallel = config.parallel
-    transformer = build_transformer_config(config.model, config.compute, parallel, config.shared_projector)
-    return [
-        SaisaModel(config.model, transformer, groups, stage, config.shared_projector, config.compute.attention)
-        for stage in stages_of_rank(num_layers, groups.pp.rank(), parallel.pp)
-    ]
+def build_stages(
+    config: RunConfig, groups: ProcessGroupCollection, num_layers: Sequence[int], device: torch.device
+) -> list[SaisaModel]:
+    """Returns this process's stages of the pipeline on its device, without weights."""
+    parallel, shared = config.parallel, config.shared_projector
+    transformer = build_transformer_config(config.model, config.compute, parallel, shared)
+    with device:
+        return [
+            SaisaModel(config.model, transformer, groups, stage, shared, config.compute.attention)
+            for stage in stages_of_rank(num_layers, groups.pp.rank(), parallel.pp)
+        ]
+
+
+def make_trainable(
+    config: RunConfig, stages: list[SaisaModel], groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Returns the stages with what the phase trains in gradient buffers, and the rest frozen."""
+    for stage in stages:
+        freeze(stage, config.phase)
+    return wrap(stages, groups)

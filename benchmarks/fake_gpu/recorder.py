@@ -1,0 +1,214 @@
+"""What a step makes a GPU do: every kernel, copy, host wait and collective, and the bytes that are alive.
+
+`Recorder` is a dispatch mode over fake tensors: operations run, without values, and each leaves an event. What needs a
+value on the host (`.item()`, an index by a mask, a copy to pageable memory) is a wait, since the host stands still
+until the GPU has done all that was asked of it before.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.fake_gpu.traces import Event, Kind
+
+ROOT = str(Path(__file__).resolve().parents[2])
+LIBRARIES = ("/megatron/core/", "/transformer_engine/")
+ALLOCATION_BYTES = 512  # torch's allocator gives multiples of this
+# What runs no kernel, besides views and what makes tensors without values
+FREE = ("_unsafe_view", "lift_fresh", "record_stream", "resize_", "set_")
+# What must know values to know the size of its result.
+SIZED_BY_VALUES = ("bincount", "equal", "masked_select", "nonzero", "repeat_interleave", "unique_dim", "_unique2")
+# Coalesced collectives, which torch's fake process group lacks, and what one of them is made of.
+COALESCED = {
+    "reduce_scatter_tensor_coalesced_": torch.ops.c10d._reduce_scatter_base_.default,
+    "allgather_into_tensor_coalesced_": torch.ops.c10d._allgather_base_.default,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the events of what runs inside; counts live bytes for as long as it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all: what is alive now is not counted, nor what happens to it."""
+        self.events: list[Event] = []
+        self.live_bytes = self.peak_bytes = 0
+        self.peak_at = ""
+        self.num_true: int | None = None  # in a mask whose size a result has; all of it if nobody says
+        self._part = "start"
+        self._live: set[int] = set()
+        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Names what the step is at."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def restart(self) -> None:
+        """Forgets the events; the peak is that of what is alive now."""
+        self.events.clear()
+        self.peak_bytes = self.live_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs an operation and leaves its event."""
+        kwargs = kwargs or {}
+        namespace, _, name = func._schema.name.partition("::")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if namespace == "c10d":
+            self._collective(name, args, tensors)
+            single = COALESCED.get(name)
+            if single is None:
+                return func(*args, **kwargs)
+            return [single(*pair, *args[2:], **kwargs) for pair in zip(*args[:2], strict=True)][-1][-1]
+        if name == "_local_scalar_dense":
+            if on_gpu:
+                self.add("wait", "item", tensors)
+            return {torch.bool: True}.get(tensors[0].dtype, 1.5 if tensors[0].is_floating_point() else 1)
+        if on_gpu and name in SIZED_BY_VALUES:
+            self.add("wait", name, tensors)
+            if name == "equal":
+                return False
+            if name == "nonzero":
+                return tensors[0].new_empty((self._rows(tensors[0]), tensors[0].dim()), dtype=torch.long)
+        if on_gpu and name.lstrip("_") in ("index", "index_put", "index_put_", "index_put_impl_"):
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            if masks:
+                fills = "put" in name and args[2].numel() == 1 and not args[2].is_cuda  # torch fills without looking
+                self.add("kernel" if fills else "wait", f"{name} by a mask", tensors)
+                rows = torch.empty(self._rows(masks[0]), dtype=torch.long, device=args[0].device)
+                args = (args[0], [rows], *args[2:])
+        if name == "is_pinned":
+            return args[0].untyped_storage() in self._pinned
+        if name == "_pin_memory":
+            pinned = args[0].clone()
+            self._pinned.add(pinned.untyped_storage())
+            return pinned
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            if tensor.is_cuda:
+                self._allocated(tensor, name)
+        if name in ("_to_copy", "copy_"):
+            source, target = (args[0], result) if name == "_to_copy" else (args[1], args[0])
+            if source.is_cuda == target.is_cuda:
+                if source.is_cuda:
+                    self.add("kernel", name, [source], [target])
+            else:
+                self._between_devices(
+                    source, target, bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+                )
+        elif (on_gpu or any(tensor.is_cuda for tensor in made)) and not is_free(func):
+            flops = flop_registry.get(func.overloadpacket)
+            self.add("kernel", name, tensors, made, flops(*args, **kwargs, out_val=result) if flops else 0)
+        return result
+
+    def add(
+        self,
+        kind: Kind,
+        name: str,
+        taken: Iterable[Tensor] = (),
+        made: Iterable[Tensor] = (),
+        flops: int = 0,
+        group_size: int = 1,
+    ) -> None:
+        """Leaves an event."""
+        tensors = [*taken, *made]
+        self.events.append(
+            Event(
+                kind=kind,
+                name=name,
+                shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+                dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors),
+                num_bytes=sum(_touched_bytes(tensor) for tensor in tensors),
+                flops=flops,
+                source=source_line(),
+                part=self._part,
+                group_size=group_size,
+            )
+        )
+
+    def counts(self, kind: Kind) -> Counter[tuple[str, str]]:
+        """Returns how often each operation of a kind was asked for by each line."""
+        return Counter((event.name, event.source) for event in self.events if event.kind == kind)
+
+    def _rows(self, mask: Tensor) -> int:
+        return mask.numel() if self.num_true is None else self.num_true
+
+    def _between_devices(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        host = target if source.is_cuda else source
+        direction = "device to host" if source.is_cuda else "host to device"
+        if non_blocking and host.untyped_storage() in self._pinned:
+            self.add("copy", direction, [source])
+        else:
+            why = "" if non_blocking else ", blocking"
+            self.add("wait", f"{direction}{why if host.untyped_storage() in self._pinned else ', pageable'}", [source])
+
+    def _collective(self, name: str, args: tuple, tensors: list[Tensor]) -> None:
+        groups = [arg for arg in args if hasattr(arg, "size") and not isinstance(arg, Tensor)]
+        size = groups[0].size() if groups else torch.distributed.get_world_size()
+        self.add("collective", name.strip("_"), tensors[:1] if "gather" in name else tensors[-1:], group_size=size)
+
+    def _allocated(self, tensor: Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        num_bytes = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self._live.add(key)
+        self.live_bytes += num_bytes
+        weakref.finalize(storage, self._freed, self._live, key, num_bytes)
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_at = (
+                self.live_bytes,
+                f"{self._part}: {name} {tuple(tensor.shape)} {source_line()}",
+            )
+
+    def _freed(self, live: set[int], key: int, num_bytes: int) -> None:
+        live.discard(key)
+        if live is self._live:  # and not of what was forgotten
+            self.live_bytes -= num_bytes
+
+
+def is_free(func: Any) -> bool:
+    """Whether an operation runs no kernel: it makes a view, or a tensor without values, or tells something."""
+    name, returns = func._schema.name.partition("::")[2], func._schema.returns
+    is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+    tells = not any("Tensor" in str(value.type) for value in returns)
+    return is_view or tells or name in FREE or name.startswith(("empty", "new_empty"))
+
+
+def source_line() -> str:
+    """Returns the line of this repository that is being run, and after it the library's line; "backward" without."""
+    library, frame = "", sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(ROOT) and "/.venv/" not in name and "/fake_gpu/" not in name:
+            own = f"{name[len(ROOT) + 1 :]}:{frame.f_lineno}"
+            return f"{own} ({library})" if library else own
+        if not library and (at := max(name.find(part) for part in LIBRARIES)) >= 0:
+            library = f"{name[at + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return f"backward ({library})" if library else "backward"
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor that a kernel reads or writes; those of an expanded one are fewer than its size."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

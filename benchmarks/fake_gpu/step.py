@@ -1,0 +1,194 @@
+"""A whole training step of a recipe on a fake GPU: everything but values, in seconds, at any number of processes.
+
+This process is one rank of a world; the others are torch's `fake` process group, whose collectives end at once. The
+code is the one that trains: layers, DDP, optimizer and `train_step`; the weights and the batch are made up. The process
+must have its fake GPU before it imports this: `benchmarks.fake_gpu.traces.trace_all` sees to that.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+from benchmarks.fake_gpu.recorder import Recorder
+from benchmarks.fake_gpu.runtime import FakeTensors
+from benchmarks.fake_gpu.traces import Case, Load, Trace
+from model.compute import compute_dtype
+from model.flops import stage_costs
+from model.hf.image_processing_saisa import SaisaImageProcessor
+from model.hf.vision_saisa import VisionTower
+from model.pack import IGNORE_INDEX, Pack
+from model.parallel import split_layers
+from pipeline.config import RunConfig, load_config
+from pipeline.data.batches import GlobalBatch, MicroBatch
+from pipeline.data.schedule import BatchCounts
+from pipeline.distributed import initialize_distributed, shutdown_distributed
+from pipeline.optimizer import build_optimizer
+from pipeline.state import TrainState, build_stages, make_trainable
+from pipeline.step import train_step
+from pipeline.stop import StopRequest
+
+
+def trace(case: Case, recorder: Recorder) -> Trace:
+    """Returns the second step of a run (in the first, buffers are made that stay)."""
+    recorder.clear()
+    join_fake_world(case.world_size, case.rank)
+    try:
+        return trace_step(load_config(case.config, [*case.overrides]), case.load, recorder)
+    finally:
+        shutdown_distributed()
+        gc.collect()
+
+
+def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
+    """Returns the trace of a step, in a process that has joined its world."""
+    packs = [build_pack(load, config.model.vision.num_tokens) for _ in range(load.num_packs)]
+    for pack in packs:
+        assert pack.segments.max_seqlen_q  # worked out here, where tensors have values
+    recorder.num_true = packs[0].num_targets
+    with FakeTensors(allow_non_fake_inputs=True), recorder, known_shapes(packs[0], config):
+        state = build_state(config, load)
+        start_bytes = recorder.peak_bytes
+        for step in range(2):
+            recorder.restart()
+            resident_bytes = recorder.live_bytes
+            train_step(state, build_batch(step, packs, state), wait_seconds=0.0)
+    return Trace([*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at)
+
+
+def join_fake_world(world_size: int, rank: int) -> None:
+    """Makes this process one of many that are not there."""
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    distributed: Any = torch.distributed
+    if not isinstance(distributed.new_group, partial):
+        distributed.new_group = partial(_fake_group, distributed.new_group)
+    distributed.all_gather_object = _gather_own
+    distributed.broadcast_object_list = lambda *_, **__: None
+
+
+def _fake_group(new_group: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return new_group(*args, **{**kwargs, "backend": "fake", "pg_options": None})
+
+
+def _gather_own(boxes: list[Any], value: Any, group: Any = None) -> None:
+    boxes[:] = [value] * len(boxes)
+
+
+def build_state(config: RunConfig, load: Load) -> TrainState:
+    """Returns the state at step 0, as `pipeline.state.build` does from a base and shards."""
+    device, parallel = initialize_distributed(config.parallel), config.parallel
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, int(load.num_text * load.target_fraction))
+    layer, head = stage_costs(config.model, config.phase, *sizes)
+    num_layers = parallel.layers_per_stage or split_layers(layer, head, config.model.num_layers, parallel.num_stages)
+    stages = build_stages(config, groups, num_layers, device)
+    wrapped = make_trainable(config, stages, groups)
+    source = SimpleNamespace(num_steps=100, image_processor=SaisaImageProcessor(do_rescale=True))
+    return TrainState(
+        config=config,
+        device=device,
+        groups=groups,
+        stages=stages,
+        wrapped=wrapped,
+        optimizer=build_optimizer(wrapped, config),
+        tower=build_tower(config, device),
+        flops_per_image=0,
+        source=cast(Any, source),
+        run=cast(Any, None),
+        stop=StopRequest(None),
+    )
+
+
+def build_tower(config: RunConfig, device: torch.device) -> VisionTower:
+    """Returns an encoder of the recipe's sizes, without weights; its FFN is four times as wide, as CLIP's."""
+    vision = config.model.vision
+    kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[vision.type]
+    described = kind(
+        hidden_size=vision.hidden_size,
+        intermediate_size=4 * vision.hidden_size,
+        num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.hidden_size // 64,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(compute_dtype(config.compute))  # fake tensors cannot be converted in place
+    try:
+        with device:
+            return VisionTower(described, vision.select_layer)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_pack(load: Load, num_tokens: int) -> Pack:
+    """Returns a pack of equal samples; the images stand before the last three quarters of their text."""
+    before = load.num_text // 4
+    starts = [before + image * (num_tokens + 1) for image in range(load.num_images)]
+    taken = {start + token for start in starts for token in range(num_tokens)}
+    length = load.num_text + load.num_images * num_tokens
+    positions = torch.tensor([position for position in range(length) if position not in taken], dtype=torch.long)
+    num_targets = int(load.num_text * load.target_fraction)
+    targets = torch.full([load.num_text], IGNORE_INDEX)
+    targets[load.num_text - num_targets :] = 0
+    pack = Pack(
+        token_ids_T=torch.zeros(load.num_samples * load.num_text, dtype=torch.long),
+        positions_T=positions.repeat(load.num_samples),
+        targets_T=targets.repeat(load.num_samples),
+        image_positions=torch.tensor(starts, dtype=torch.long).repeat(load.num_samples),
+        text_lengths=[load.num_text] * load.num_samples,
+        image_counts=[load.num_images] * load.num_samples,
+        num_tokens_per_image=num_tokens,
+    )
+    assert pack.num_targets == load.num_samples * num_targets
+    return pack
+
+
+def build_batch(step: int, packs: Sequence[Pack], state: TrainState) -> GlobalBatch:
+    """Returns this process's share of a global batch that gives every data-parallel rank the same packs."""
+    size, rank, edge = state.groups.mp.size(), state.groups.mp.rank(), state.config.model.vision.image_size
+    micro_batches, num_before = [], 0
+    for pack in packs:
+        num_own = len(range((rank - num_before) % size, pack.num_images, size))
+        micro_batches.append(MicroBatch(pack, [], torch.zeros(num_own, 3, edge, edge, dtype=torch.uint8)))
+        num_before += pack.num_images
+    num_ranks = state.groups.dp.size()
+    counts = BatchCounts(
+        num_samples=num_ranks * sum(len(pack.text_lengths) for pack in packs),
+        num_skipped=0,
+        num_without_targets=0,
+        num_targets=1,  # what the recorder answers for every sum that the host reads
+        num_dropped_targets=0,
+        num_truncated_tokens=0,
+        num_text_tokens=0,
+        num_padding_tokens=0,
+        num_visual_tokens=0,
+        num_images=num_ranks * num_before,
+        training_flops=0,
+        imbalance_fraction=0.0,
+    )
+    return GlobalBatch(step, 0, micro_batches, counts, [], {})
+
+
+@contextmanager
+def known_shapes(pack: Pack, config: RunConfig) -> Iterator[None]:
+    """Answers a pipeline stage that asks its neighbour for the shape of what comes: messages have no values here."""
+    ask = P2PCommunicator._communicate_shapes
+    shape = [len(pack.positions_T) // config.parallel.num_row_parts, 1, config.model.hidden_size]
+
+    def answer(self: Any, next_: Any, previous: Any, receives_previous: bool, receives_next: bool) -> Any:
+        ask(self, next_, previous, receives_previous, receives_next)
+        return (shape if receives_previous else [0, 0, 0]), (shape if receives_next else [0, 0, 0])
+
+    P2PCommunicator._communicate_shapes = answer
+    try:
+        yield
+    finally:
+        P2PCommunicator._communicate_shapes = ask
