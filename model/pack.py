@@ -9,7 +9,7 @@ first `a <image> b c` with a 4-token image, the second `d e` (text only):
     image_positions    1                   where each image starts: its tokens stand at 1, 2, 3, 4
     image_counts       1, 0                images of each sample
 
-Dims: T text tokens, I visual tokens, S = I + T keys.
+Dims: T text tokens, R those with a target, I visual tokens, S = I + T keys.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from model.block_attention import build_block_mask
 from model.segments import KeyRanges, Segments, key_ranges, split_at_images
+from model.transfer import copy_together
 
 IGNORE_INDEX = -100  # a text position whose next token is not a target
+TENSORS = ("token_ids_T", "positions_T", "targets_T", "image_positions")  # of a pack
 BEHIND_ALL_TEXT = 1 << 20  # the position of padding among visual tokens: no text token stands there
 
 
@@ -75,9 +77,14 @@ class Pack:
         return [*lengths[:-1], lengths[-1] + self.num_visual_padding]
 
     @cached_property
+    def target_rows_R(self) -> Tensor:
+        """int64[R] the text positions that have a token to predict, in order."""
+        return (self.targets_T != IGNORE_INDEX).nonzero()[:, 0]
+
+    @property
     def num_targets(self) -> int:
         """Text positions that have a token to predict."""
-        return int((self.targets_T != IGNORE_INDEX).sum())
+        return len(self.target_rows_R)
 
     @cached_property
     def masks(self) -> list[Tensor]:
@@ -96,7 +103,9 @@ class Pack:
     @cached_property
     def on_cpu(self) -> "Pack":
         """This pack in host memory: itself, or what `to` has copied it from."""
-        return self if self.positions_T.device.type == "cpu" else self.to(torch.device("cpu"))
+        if self.positions_T.device.type == "cpu":
+            return self
+        return replace(self, **{name: getattr(self, name).cpu() for name in TENSORS})
 
     @cached_property
     def key_ranges(self) -> KeyRanges:
@@ -118,7 +127,7 @@ class Pack:
         """The variable-length sequences of a flash kernel, on this pack's device."""
         if self.on_cpu is self:
             return split_at_images(self.key_ranges)
-        return self.on_cpu.segments.to(self.positions_T.device)
+        return self.on_cpu.to(self.positions_T.device).segments
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -126,9 +135,18 @@ class Pack:
         return build_block_mask(self.key_ranges, self.positions_T.device)
 
     def to(self, device: torch.device) -> "Pack":
-        """Returns the pack with its tensors on `device`. It remembers this one, so that no kernel is waited for."""
-        tensors = ("token_ids_T", "positions_T", "targets_T", "image_positions")
-        moved = replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
-        if device.type != "cpu":
-            vars(moved)["on_cpu"] = self.on_cpu
-        return moved
+        """Returns the pack with its tensors, and what is worked out from them, on `device`.
+
+        It remembers this one: where something is worked out on the host, no kernel is waited for.
+        """
+        if device.type == "cpu":
+            return self.on_cpu
+        pack = self.on_cpu
+        worked_out = {name: getattr(pack, name) for name in ("visual_positions_I", "key_positions_S", "target_rows_R")}
+        segments = {name: getattr(pack.segments, name) for name in Segments.TENSORS}
+        tensors = {name: getattr(pack, name) for name in TENSORS}
+        moved = copy_together({**tensors, **worked_out, **segments}, device)
+        there = replace(self, **{name: moved[name] for name in TENSORS})
+        vars(there).update({name: moved[name] for name in worked_out}, on_cpu=pack)
+        vars(there)["segments"] = replace(pack.segments, **{name: moved[name] for name in segments})
+        return there

@@ -14,9 +14,9 @@ Everything is made of megatron-core layers, so that tensor and sequence parallel
 its checkpoints apply unchanged. Rows are packed samples (`model.pack`), without a batch dimension. A model object is
 one stage of the pipeline; with one stage it is the whole.
 
-Dims: T text tokens, I visual tokens, S = I + T keys, D hidden, N query heads, G key/value heads, H head dim, F FFN,
-C vision width, V vocabulary. Between the layers T and I are this rank's rows (T/tp and I/tp) under sequence
-parallelism; N and G are this rank's heads under tensor parallelism.
+Dims: T text tokens, R those with a target, I visual tokens, S = I + T keys, D hidden, N query heads, G key/value heads,
+H head dim, F FFN, C vision width, V vocabulary. Between the layers T and I are this rank's rows (T/tp and I/tp) under
+sequence parallelism; N and G are this rank's heads under tensor parallelism.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from torch.nn.functional import gelu
 from model.attention import attention, rotary_table, rotate
 from model.backend import LayerBuilder
 from model.config import ModelConfig
-from model.pack import IGNORE_INDEX, Pack
+from model.pack import Pack
 from model.parallel import Stage, padded_vocab_size
 
 Rotary = tuple[Tensor, Tensor]
@@ -181,10 +181,10 @@ class SaisaModel(MegatronModule):
             text_TD = gather_from_sequence_parallel_region(
                 text_TD, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        is_target_T = pack.targets_T != IGNORE_INDEX
         # The head is as wide as the vocabulary, so only rows that have a target pass it.
-        logits_TV = self.logits(text_TD[is_target_T]).float()
-        return vocab_parallel_cross_entropy(logits_TV, pack.targets_T[is_target_T], tp_group=self.tp_group)
+        logits_RV = self.logits(text_TD.index_select(0, pack.target_rows_R)).float()
+        targets_R = pack.targets_T.index_select(0, pack.target_rows_R)
+        return vocab_parallel_cross_entropy(logits_RV, targets_R, tp_group=self.tp_group)
 
     def hidden_states(self, pack: Pack, features_IC: Tensor) -> Tensor:
         """Returns the text states [T, D] that leave this stage (with the last, after the final norm)."""
@@ -217,6 +217,8 @@ class SaisaModel(MegatronModule):
         logits_TV = self.output(hidden_TD, weight=weight)[0]
         first = self.tp_group.rank() * logits_TV.shape[-1]
         num_real = min(max(self.model.vocab_size - first, 0), logits_TV.shape[-1])
+        if num_real == logits_TV.shape[-1]:
+            return logits_TV
         is_padding_V = torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= num_real
         return logits_TV.masked_fill(is_padding_V, float("-inf"))
 

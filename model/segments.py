@@ -23,7 +23,8 @@ Dims: T text tokens, I visual tokens, S = I + T keys, E keys of all segments.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -73,16 +74,7 @@ class Segments:
     max_seqlen_q: int
     max_seqlen_k: int
 
-    def to(self, device: torch.device) -> "Segments":
-        """Returns the segments on `device`; the host waits for nothing on the way to a GPU."""
-
-        def move(tensor: Tensor) -> Tensor:
-            # A copy out of pageable memory may wait for the kernels that are queued; out of pinned memory it does not.
-            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-            return pinned.to(device, non_blocking=True)
-
-        names = ("cu_seqlens_q", "cu_seqlens_k", "key_indices")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
+    TENSORS: ClassVar = ("cu_seqlens_q", "cu_seqlens_k", "key_indices")
 
 
 def key_ranges(

@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.optim import Adam
 
 from model.backend import uses_transformer_engine
@@ -92,6 +93,21 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return optimizer
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: MegatronOptimizer) -> Tensor:
+    """Returns f32[1], the norm of all gradients before clipping, and leaves them ready for `update_weights`."""
+    (part,) = _parts(optimizer)  # a model without experts has one
+    part.prepare_grads()
+    norm = part.clip_grad_norm(part.config.clip_grad)  # on the device with Transformer Engine, a number without
+    return norm if isinstance(norm, Tensor) else torch.tensor([norm])
+
+
+def update_weights(optimizer: MegatronOptimizer) -> None:
+    """Updates the weights by the gradients that `clip_gradients` left."""
+    (part,) = _parts(optimizer)
+    part.step_with_ready_grads()
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from common.console import count_text
 from model.compute import compute_dtype
 from model.pack import Pack
+from model.transfer import read_values
 from model.vision import encode_together, rows_of_pack
 from pipeline.bad_samples import check_bad_samples, gather_bad_samples, leave_out
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
-from pipeline.optimizer import learning_rate
+from pipeline.optimizer import clip_gradients, learning_rate, update_weights
 from pipeline.state import TrainState
 
 
@@ -39,16 +40,18 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     rate = set_learning_rate(state, batch.step)
     clear_gradients(state)
     sums, num_targets = forward_and_backward(state, model_inputs(state, batch))
-    total, num_targets, state.is_stopping = sum_over_replicas(sums, num_targets, state)
-    loss = mean_loss(total, num_targets, batch, state.config)
-    grad_norm = update_weights(state, batch.step)
+    totals = sum_over_replicas(sums, num_targets, state)
+    outcome = read_outcome(totals, clip_gradients(state.optimizer))
+    state.is_stopping = outcome.is_stopping
+    loss = check_outcome(outcome, batch, state.config)
+    update_weights(state.optimizer)
     state.step = batch.step + 1
     seconds = time.monotonic() - started + wait_seconds
     return StepMetrics(
         step=state.step,
         epoch=batch.epoch,
         loss=loss,
-        grad_norm=grad_norm,
+        grad_norm=outcome.grad_norm,
         learning_rate=rate,
         step_seconds=seconds,
         data_wait_fraction=wait_seconds / seconds,
@@ -90,58 +93,74 @@ def forward_and_backward(state: TrainState, inputs: list[tuple[Pack, Tensor]]) -
     return sums, sum(pack.num_targets for pack, _ in inputs)
 
 
-def mean_loss(total: float, num_targets: int, batch: GlobalBatch, config: RunConfig) -> float:
-    """Returns the loss of a step, of which the optimizer may make use.
+class Outcome(NamedTuple):
+    """What the forward and backward passes of all replicas came to, in the order of the numbers on the device."""
+
+    loss_sum: float
+    num_targets: float
+    num_stopping: float
+    grad_norm: float
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.num_stopping > 0
+
+
+def read_outcome(totals: Tensor, grad_norm: Tensor) -> Outcome:
+    """Returns what a step came to. Here, and nowhere else in a step, the host waits for the GPU.
+
+    The update of the weights is still to come, so that the GPU is busy while the host prepares the next step.
+    """
+    return Outcome(*read_values(torch.cat([totals, grad_norm.to(totals.device).double()])))
+
+
+def check_outcome(outcome: Outcome, batch: GlobalBatch, config: RunConfig) -> float:
+    """Returns the mean loss of a step that may update the weights.
 
     Raises:
-        ValueError: The targets are not those of the plan, or the loss is not finite.
+        ValueError: It may not: the targets are not those of the plan, or loss or gradient norm are not finite.
     """
-    if num_targets != batch.counts.num_targets:
+    planned = batch.counts.num_targets
+    if outcome.num_targets != planned:
         raise ValueError(
-            f"step {batch.step}: the samples have {count_text(num_targets, 'target')}, but the length table says "
-            f"{batch.counts.num_targets:,}; stopped before the optimizer step. Delete lengths-*.npz in "
+            f"step {batch.step}: the samples have {count_text(int(outcome.num_targets), 'target')}, but the length table "
+            f"says {planned:,}; stopped before the optimizer step. Delete lengths-*.npz in "
             f"data.cache={config.data.cache}"
         )
-    loss = total / num_targets
+    loss = outcome.loss_sum / planned
     if not math.isfinite(loss):
         raise ValueError(
             f"step {batch.step}: the loss is {loss}; stopped before the optimizer step. "
             f"Lower optim.learning_rate={config.optim.learning_rate:g} or look at the samples of this step"
         )
-    return loss
-
-
-def update_weights(state: TrainState, step: int) -> float:
-    """Returns the gradient norm before clipping, 0 where there is none, after the optimizer's step.
-
-    Raises:
-        ValueError: It is not finite.
-    """
-    _, grad_norm, _ = cast(tuple[bool, float | None, int | None], state.optimizer.step())
-    if grad_norm is not None and not math.isfinite(grad_norm):
+    if not math.isfinite(outcome.grad_norm):
         raise ValueError(
-            f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is sound, restart from it"
+            f"step {batch.step}: the gradient norm is {outcome.grad_norm}; stopped before the optimizer step. "
+            f"Lower optim.learning_rate={config.optim.learning_rate:g} or look at the samples of this step"
         )
-    return float(grad_norm or 0.0)
+    return loss
 
 
 def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tensor]]:
     """Returns every micro-batch's pack and visual features [I, C], on this process's device."""
 
     def encode(pixels_B3HW: Tensor) -> Tensor:
-        pixels = state.source.image_processor.normalize(pixels_B3HW.to(state.device, non_blocking=True))
+        pixels = state.source.image_processor.normalize(pixels_B3HW)
         return state.tower(pixels.to(compute_dtype(state.config.compute)))
 
     packs = [micro_batch.pack for micro_batch in batch.micro_batches]
-    share_B3HW = torch.cat([micro_batch.pixels_B3HW for micro_batch in batch.micro_batches])
+    # Each part was pinned by itself, and what is made of pinned parts on the host is not.
+    shares = [micro_batch.pixels_B3HW.to(state.device, non_blocking=True) for micro_batch in batch.micro_batches]
+    share_B3HW = torch.cat(shares)
     counts = [pack.num_images for pack in packs]
-    vision = state.config.model.vision
-    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=compute_dtype(state.config.compute))
+    vision, dtype = state.config.model.vision, compute_dtype(state.config.compute)
+    features_BPC = torch.zeros(0, vision.num_tokens, vision.hidden_size, dtype=dtype, device=state.device)
     if sum(counts):
         window = state.config.train.image_batch_size
         features_BPC = encode_together(encode, share_B3HW, sum(counts), window, state.groups.mp)
     return [
-        (pack.to(state.device), rows_of_pack(part.to(state.device), pack.num_visual_padding))
+        (pack.to(state.device), rows_of_pack(part, pack.num_visual_padding))
         for pack, part in zip(packs, features_BPC.split(counts), strict=True)
     ]
 
@@ -152,20 +171,26 @@ def forward_step(inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module):
     return chunk(pack, features_IC), sum_losses
 
 
-def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> tuple[float, int, bool]:
-    """Returns, on every process, the losses and the targets of all replicas, and whether any process is to stop.
+def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> Tensor:
+    """Returns f64[3] on every process: the losses and the targets of all replicas, and how many are asked to stop.
 
     Only last stages bring losses, the same ones on all their tensor-parallel ranks; all processes of a replica have the
     same targets.
     """
-    values = torch.tensor([0.0, 0.0, state.stop.has_come()], dtype=torch.float64, device=state.device)
-    if sums and state.groups.tp.rank() == 0:
-        values[0] = torch.stack(sums).sum()
-    if state.groups.mp.rank() == 0:
-        values[1] = num_targets
+
+    def number(value: float) -> Tensor:  # made by the GPU: a copy of it from here would be waited for
+        return torch.full((), value, dtype=torch.float64, device=state.device)
+
+    is_last = bool(sums) and state.groups.tp.rank() == 0
+    values = torch.stack(
+        [
+            torch.stack(sums).sum().double() if is_last else number(0),
+            number(num_targets if state.groups.mp.rank() == 0 else 0),
+            number(state.stop.has_come()),
+        ]
+    )
     torch.distributed.all_reduce(values)
-    total, num_targets_in_all, num_stopping = values.tolist()
-    return total, int(num_targets_in_all), num_stopping > 0
+    return values
 
 
 def without_bad_samples(state: TrainState, batch: GlobalBatch) -> GlobalBatch:
@@ -207,4 +232,5 @@ def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
 def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the summed loss, the number of targets, and the sum to report: the schedule divides over all ranks."""
     total = losses.sum()
-    return total, torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), total.detach().clone()
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
+    return total, count, total.detach().clone()

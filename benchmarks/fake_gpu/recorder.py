@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
         if name == "_local_scalar_dense":
             if on_gpu:
                 self.add("wait", "item", tensors)
-            return {torch.bool: True}.get(tensors[0].dtype, 1.5 if tensors[0].is_floating_point() else 1)
+            return {torch.bool: True}.get(tensors[0].dtype, 1.0 if tensors[0].is_floating_point() else 1)
         if on_gpu and name in SIZED_BY_VALUES:
             self.add("wait", name, tensors)
             if name == "equal":
@@ -95,6 +95,10 @@ class Recorder(TorchDispatchMode):
                 self.add("kernel" if fills else "wait", f"{name} by a mask", tensors)
                 rows = torch.empty(self._rows(masks[0]), dtype=torch.long, device=args[0].device)
                 args = (args[0], [rows], *args[2:])
+        if kwargs.get("pin_memory"):
+            made_pinned = func(*args, **{**kwargs, "pin_memory": False})
+            self._pinned.add(made_pinned.untyped_storage())
+            return made_pinned
         if name == "is_pinned":
             return args[0].untyped_storage() in self._pinned
         if name == "_pin_memory":
@@ -127,7 +131,7 @@ class Recorder(TorchDispatchMode):
         taken: Iterable[Tensor] = (),
         made: Iterable[Tensor] = (),
         flops: int = 0,
-        group_size: int = 1,
+        ranks: tuple[int, ...] = (),
     ) -> None:
         """Leaves an event."""
         tensors = [*taken, *made]
@@ -141,9 +145,16 @@ class Recorder(TorchDispatchMode):
                 flops=flops,
                 source=source_line(),
                 part=self._part,
-                group_size=group_size,
+                ranks=ranks,
             )
         )
+
+    def watch_synchronizing(self) -> None:
+        """Lets what makes the host wait without an operation on a tensor leave its event too."""
+        owners: list[Any] = [torch.cuda, torch.cuda.Stream, torch.cuda.Event]
+        for owner in owners:
+            name = f"{owner.__name__.rpartition('.')[2]}.synchronize"
+            owner.synchronize = lambda *_, name=name: self.add("wait", name)
 
     def counts(self, kind: Kind) -> Counter[tuple[str, str]]:
         """Returns how often each operation of a kind was asked for by each line."""
@@ -162,9 +173,10 @@ class Recorder(TorchDispatchMode):
             self.add("wait", f"{direction}{why if host.untyped_storage() in self._pinned else ', pageable'}", [source])
 
     def _collective(self, name: str, args: tuple, tensors: list[Tensor]) -> None:
-        groups = [arg for arg in args if hasattr(arg, "size") and not isinstance(arg, Tensor)]
-        size = groups[0].size() if groups else torch.distributed.get_world_size()
-        self.add("collective", name.strip("_"), tensors[:1] if "gather" in name else tensors[-1:], group_size=size)
+        group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+        ranks = torch.distributed.get_process_group_ranks(torch.distributed.ProcessGroup.unbox(group))
+        whole = max(tensors, key=torch.Tensor.numel)
+        self.add("collective", name.strip("_"), [whole], ranks=tuple(ranks))
 
     def _allocated(self, tensor: Tensor, name: str) -> None:
         storage = tensor.untyped_storage()

@@ -174,7 +174,7 @@ def build_batch(step: int, packs: Sequence[Pack], state: TrainState) -> GlobalBa
         training_flops=0,
         imbalance_fraction=0.0,
     )
-    return GlobalBatch(step, 0, micro_batches, counts, [], {})
+    return GlobalBatch(step, 0, micro_batches, counts, [], {}).pin_memory()
 
 
 @contextmanager

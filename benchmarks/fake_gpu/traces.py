@@ -26,7 +26,7 @@ class Event:
         flops: of matrix products and attention, two for a multiply and an add; 0 for all else.
         source: the line of this repository that asked, and of the library that it asked; "backward" where autograd did.
         part: what `Recorder.part` said the step was at.
-        group_size: processes of a collective.
+        ranks: the processes of a collective.
     """
 
     kind: Kind
@@ -37,7 +37,7 @@ class Event:
     flops: int
     source: str
     part: str
-    group_size: int = 1
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _trace(case: Case) -> Trace:
         from benchmarks.fake_gpu.recorder import Recorder
 
         _process.append(Recorder())
+        _process[0].watch_synchronizing()
         te.install(_process[0])
     from benchmarks.fake_gpu.step import trace
 

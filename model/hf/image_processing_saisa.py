@@ -221,8 +221,10 @@ class SaisaImageProcessor(BaseImageProcessor):
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Returns (pixels / 255 - mean) / std as f32[..., 3, H, W], for uint8[..., 3, H, W] on any device."""
         # Divisors are tensors on the device: CUDA turns a division by a Python number into a less exact product.
-        constants = torch.tensor([[255.0] * 3, self.image_mean, self.image_std], device=images.device)
-        scale, mean, std = constants[:, :, None, None]
+        constants = torch.tensor([[255.0] * 3, self.image_mean, self.image_std])
+        if images.is_cuda:  # or the copy would wait for the GPU
+            constants = constants.pin_memory()
+        scale, mean, std = constants.to(images.device, non_blocking=True)[:, :, None, None]
         return (images.float() / scale - mean) / std
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:

@@ -1,0 +1,126 @@
+"""Training steps of the 7B recipes on a fake GPU: what they make it do, against formulas and lists written by hand."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.fake_gpu.traces import Case, Event, Load, Trace, trace_all
+from model.config import ModelConfig
+from model.flops import activation_bytes, encoder_forward_flops, matrix_products, parameter_counts
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STAGE1, STAGE2 = (CONFIGS / f"saisa-vicuna-7b-stage{number}.yaml" for number in (1, 2))
+SMALL = ("model.num_layers=2", "model.vision.num_layers=3")  # at the recipe's widths
+TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+WAIT_AT_THE_END = ("device to host, pageable", "model/transfer.py")
+
+of = partial(Case, load=Load())
+CASES = {
+    "stage 1": of(STAGE1, SMALL),
+    "stage 2": of(STAGE2, SMALL),
+    "stage 2, a layer more": of(STAGE2, ("model.num_layers=3", SMALL[1])),
+    "64 ranks": of(STAGE2, SMALL, world_size=64),
+    "selective": of(STAGE2, (*SMALL, "compute.recompute=selective")),
+    "full": of(STAGE2, (*SMALL, "compute.recompute=full")),
+    "no images": of(STAGE2, SMALL, Load(num_images=0)),
+    "tp 2, rank 0": of(STAGE2, (*SMALL, *TP2)),
+    "tp 2, rank 1": of(STAGE2, (*SMALL, *TP2), rank=1),
+    "pp 2, first": of(STAGE2, (*SMALL, "parallel.pp=2"), Load(num_packs=2)),
+    "pp 2, last": of(STAGE2, (*SMALL, "parallel.pp=2"), Load(num_packs=2), rank=4),
+}
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Trace]:
+    return dict(zip(CASES, trace_all([*CASES.values()]), strict=True))
+
+
+def model_of(name: str) -> ModelConfig:
+    sizes = yaml.safe_load((CONFIGS / "models" / "saisa-vicuna-7b.yaml").read_text())
+    sizes["vision"]["num_layers"] = 3
+    return ModelConfig.model_validate({**sizes, "num_layers": 3 if "more" in name else 2})
+
+
+def products(trace: Trace, of_encoder: bool) -> int:
+    """FLOPs of the matrix products, without those of attention, of the encoder or of all else."""
+    return sum(
+        event.flops
+        for event in trace.events
+        if event.name in ("te.gemm", "mm", "addmm", "convolution")
+        and event.source.startswith("model/hf/vision_saisa.py") == of_encoder
+    )
+
+
+def waits(trace: Trace) -> Counter[tuple[str, str]]:
+    return Counter((event.name, event.source.partition(":")[0]) for event in trace.events if event.kind == "wait")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("pp")])
+def test_the_host_waits_once_a_step_and_before_the_update(traces, name):
+    """Every other wait would let the GPU run dry; an update before it would go on with what is not finite."""
+    assert waits(traces[name]) == {WAIT_AT_THE_END: 1}
+    order = [event.name for event in traces[name].events if event.kind == "wait" or event.name.startswith("te.multi")]
+    assert order == [
+        "te.multi_tensor_l2norm",
+        "te.multi_tensor_scale_tensor",
+        WAIT_AT_THE_END[0],
+        "te.multi_tensor_adam",
+    ]
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 ranks", "no images"])
+def test_matrix_products_are_those_of_the_formulas(traces, name):
+    """Stage 1 multiplies by nothing for the weights of the language model; visual rows pass no FFN."""
+    load, model = CASES[name].load, model_of(name)
+    text, targets = (load.num_samples * n for n in (load.num_text, int(load.num_text * load.target_fraction)))
+    p = matrix_products(model, text, load.num_samples * load.num_images * model.vision.num_tokens, targets)
+    n = model.num_layers
+    expected = n * (2 * p.projector_in + 3 * p.projector_out + 3 * p.linear_q + 3 * p.linear_other) + 3 * p.head
+    if name == "stage 1":
+        projector = 2 * p.projector_in + 3 * p.projector_out
+        expected = projector + (2 * n - 1) * p.linear_q + 2 * (n * p.linear_other + p.head)
+    assert products(traces[name], of_encoder=False) == expected
+
+
+def test_the_encoder_costs_what_its_formula_says(traces):
+    model, num_images = model_of("stage 2"), CASES["stage 2"].load.num_samples
+    whole = encoder_forward_flops(model.vision, 4 * model.vision.hidden_size)
+    attention = 2 * 2 * 2 * (model.vision.num_tokens + 1) ** 2 * model.vision.hidden_size  # of two layers
+    assert products(traces["stage 2"], of_encoder=True) == num_images * (whole - attention)
+
+
+@pytest.mark.parametrize(("name", "num_replicas"), [("stage 1", 8), ("stage 2", 8), ("64 ranks", 64)])
+def test_memory_between_steps_is_weights_gradients_and_a_share_of_the_optimizer(traces, name, num_replicas):
+    """bf16 weights, fp32 gradients; fp32 weights and two moments, divided over the replicas; the encoder in bf16."""
+    counts = parameter_counts(model_of(name), "pretrain" if name == "stage 1" else "finetune")
+    encoder = 2 * (3 * 12 * 1024**2)
+    expected = 2 * counts.total + (4 + 12 / num_replicas) * counts.num_trained + encoder
+    assert traces[name].resident_bytes == pytest.approx(expected, rel=0.02)
+
+
+def peak_of_activations(trace: Trace) -> int:
+    return trace.peak_bytes - trace.resident_bytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_those_of_the_formula(traces, recompute):
+    name = "stage 2" if recompute == "none" else recompute
+    load, model = CASES[name].load, model_of(name)
+    text, targets = (load.num_samples * n for n in (load.num_text, int(load.num_text * load.target_fraction)))
+    formula = activation_bytes(model, "finetune", recompute, text, load.num_samples * model.vision.num_tokens, targets)
+    assert peak_of_activations(traces[name]) == pytest.approx(formula.total(model.num_layers), rel=0.05)
+
+
+@pytest.mark.parametrize("pair", [("tp 2, rank 0", "tp 2, rank 1"), ("pp 2, first", "pp 2, last")])
+def test_processes_of_a_group_call_the_same_collectives_in_the_same_order(traces, pair):
+    """A collective that one of them leaves out is a run that hangs for ever."""
+    first, second = (CASES[name].rank for name in pair)
+
+    def shared(name: str) -> list[tuple[str, tuple[int, ...], int]]:
+        events: list[Event] = [event for event in traces[name].events if event.kind == "collective"]
+        return [(e.name, e.ranks, e.num_bytes) for e in events if {first, second} <= set(e.ranks)]
+
+    assert shared(pair[0]) == shared(pair[1]) != []
