@@ -13,10 +13,10 @@ from io import BytesIO
 from typing import Any, Self, cast
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE, te_checkpoint
+from megatron.core.extensions.transformer_engine import HAVE_TE, te_checkpoint, te_parallel_cross_entropy
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider, get_backend
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -250,6 +250,16 @@ class LayerBuilder:
             skip_weight_param_allocation=tied,
             tp_group=self.tp_group,
         )
+
+    def cross_entropy(self, logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+        """Returns fp32[R], computed in fp32; logits [R, V] hold this rank's part of the vocabulary.
+
+        Transformer Engine's reads the logits in their own type, where megatron-core's keeps a copy of them in fp32.
+        """
+        if uses_transformer_engine(self.config.params_dtype) and len(targets_R):  # it refuses no rows at all
+            assert te_parallel_cross_entropy is not None
+            return te_parallel_cross_entropy(logits_RV[:, None], targets_R[:, None], self.tp_group)[:, 0]
+        return vocab_parallel_cross_entropy(logits_RV.float(), targets_R, tp_group=self.tp_group)
 
     def fp8_of_all(self) -> AbstractContextManager:
         """Returns the context around all layers; nothing without FP8's delayed recipe, which updates at its end."""

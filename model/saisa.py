@@ -26,7 +26,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -182,9 +182,8 @@ class SaisaModel(MegatronModule):
                 text_TD, tensor_parallel_output_grad=False, group=self.tp_group
             )
         # The head is as wide as the vocabulary, so only rows that have a target pass it.
-        logits_RV = self.logits(text_TD.index_select(0, pack.target_rows_R)).float()
-        targets_R = pack.targets_T.index_select(0, pack.target_rows_R)
-        return vocab_parallel_cross_entropy(logits_RV, targets_R, tp_group=self.tp_group)
+        logits_RV = self.logits(text_TD.index_select(0, pack.target_rows_R))
+        return self.builder.cross_entropy(logits_RV, pack.targets_T.index_select(0, pack.target_rows_R))
 
     def hidden_states(self, pack: Pack, features_IC: Tensor) -> Tensor:
         """Returns the text states [T, D] that leave this stage (with the last, after the final norm)."""

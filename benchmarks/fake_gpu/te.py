@@ -100,9 +100,28 @@ def install(recorder: Recorder) -> None:
             common: Any = importlib.import_module("transformer_engine.common")
         common.load_framework_extension = lambda framework: None
         importlib.import_module("transformer_engine.pytorch")
+        _replace_triton(recorder)
         sys.modules["transformer_engine"].pytorch = sys.modules["transformer_engine.pytorch"]
     finally:
         del os.environ["NVTE_PROJECT_BUILDING"]
+
+
+class _TritonKernel:
+    """A kernel that Triton would compile: `kernel[grid](...)` leaves an event."""
+
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name, self.recorder = name, recorder
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.recorder.add(
+            "kernel", f"te.{self.name}", [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        )
+
+
+def _replace_triton(recorder: Recorder) -> None:
+    module = importlib.import_module("transformer_engine.pytorch.triton.cross_entropy")
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        setattr(module, name, _TritonKernel(name, recorder))
 
 
 def _matrix_products(recorder: Recorder) -> dict[str, Callable[..., Any]]:
