@@ -115,7 +115,9 @@ def layer_pass(model: ModelConfig, compute: ComputeConfig, pack: Pack, device: t
     width = model.vision.hidden_size if has_images else model.hidden_size
     visual = torch.randn(len(pack.visual_positions_I), width, device=device, dtype=compute_dtype(compute))
     placed, gradient = pack.to(device), torch.randn_like(text_TD)
-    rotary = rotary_table(placed.key_positions_S, model.head_dim, model.rope_theta, compute_dtype(compute))
+    rotary = rotary_table(
+        placed.key_positions_S, model.head_dim, model.rope_theta, compute_dtype(compute), config.apply_rope_fusion
+    )
 
     def once() -> None:
         layer.zero_grad(set_to_none=True)

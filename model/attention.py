@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
+from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,6 +28,7 @@ from model.block_attention import block_attention
 from model.pack import Pack
 from model.varlen_attention import HAVE_FLASH_ATTN, varlen_attention
 
+Rotary = tuple[Tensor, ...]  # see `rotary_table`
 Kernel = Literal["dense", "torch_varlen", "flash_attn", "block"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 HALF = (torch.bfloat16, torch.float16)
@@ -164,21 +166,25 @@ def keys_by_sample(x_SGH: Tensor, pack: Pack) -> list[Tensor]:
 
 
 def rotary_table(
-    positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Returns the cosines and sines, each [S, 1, H], that turn features at `positions_S`.
+    positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32, is_fused: bool = False
+) -> Rotary:
+    """Returns what turns features at `positions_S`: cosines and sines, each [S, 1, H], or fp32 angles if `is_fused`.
 
-    They are computed in fp32 and rounded to `dtype`; in that of the features, all layers keep one table and no copies.
+    Cosines and sines are computed in fp32 and rounded to `dtype`; in that of the features, all layers keep one table and
+    no copies. The fused kernel computes them from the angles.
     Source: RoPE (arXiv 2104.09864) in Llama's layout, which pairs feature j with feature j + H/2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_S.device) / head_dim
     angles = torch.outer(positions_S.float(), theta**-exponents)
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles,) if is_fused else (angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def rotate(x_SNH: Tensor, cos_S1H: Tensor, sin_S1H: Tensor) -> Tensor:
+def rotate(x_SNH: Tensor, rotary_S1H: Rotary) -> Tensor:
     """Returns `x_SNH` turned by its rotary angles, in its own precision."""
+    if len(rotary_S1H) == 1:
+        return fused_apply_rotary_pos_emb(x_SNH[:, None], rotary_S1H[0][:, None])[:, 0]
+    cos_S1H, sin_S1H = rotary_S1H
     first, second = x_SNH.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x_SNH * cos_S1H.to(x_SNH.dtype) + turned * sin_S1H.to(x_SNH.dtype)

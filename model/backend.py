@@ -26,6 +26,7 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from common.pickles import read_pickle
+from model.config import ComputeConfig
 
 FP8_STATE = "_extra_state"  # what Transformer Engine calls it in a state dict
 RECIPE_CLASSES = ("DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams")  # in their pickles
@@ -40,6 +41,11 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
     Its matrix products round fp32 to TF32, whatever torch is told.
     """
     return HAVE_TE and torch.cuda.is_available() and dtype != torch.float32
+
+
+def has_fused_kernels(compute: ComputeConfig, dtype: torch.dtype) -> bool:
+    """Whether rotary positions, the gated activation and the loss are Transformer Engine's kernels."""
+    return compute.fused_kernels and uses_transformer_engine(dtype)
 
 
 def layer_provider(dtype: torch.dtype) -> BackendSpecProvider:
@@ -151,6 +157,18 @@ class _Recipe:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
 
+class _Stateless(Module):
+    """Runs a module that is not one of its own, so that checkpoints of a GPU and of a CPU have the same entries."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self._hidden = [module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what the module makes of a tensor."""
+        return self._hidden[0](x)
+
+
 def no_init(weight: Tensor) -> None:
     """Initialises nothing: every weight is loaded, see `model.weights`."""
 
@@ -206,9 +224,16 @@ class LayerBuilder:
 
     def mlp(self, input_size: int) -> MLP:
         """Returns the language model's FFN: column-parallel, gated activation, row-parallel."""
-        submodules = MLPSubmodules(self.provider.column_parallel_linear(), self.provider.row_parallel_linear())
+        linears = self.provider.column_parallel_linear(), self.provider.row_parallel_linear()
+        submodules = MLPSubmodules(*linears, activation_func=self._activation)
         size = self.config.ffn_hidden_size
         return MLP(self.config, submodules, input_size=input_size, ffn_hidden_size=size, tp_group=self.tp_group)
+
+    def _activation(self, config: TransformerConfig) -> Module:
+        """Returns Transformer Engine's gated activation, one kernel that keeps its input; asked for by `use_te_activation_func`."""
+        build = self.provider.activation_func()
+        assert build is not None
+        return _Stateless(build(config=config))
 
     def rms_norm(self) -> Module:
         """Returns an RMSNorm over the hidden features.
@@ -256,7 +281,7 @@ class LayerBuilder:
 
         Transformer Engine's reads the logits in their own type, where megatron-core's keeps a copy of them in fp32.
         """
-        if uses_transformer_engine(self.config.params_dtype) and len(targets_R):  # it refuses no rows at all
+        if self.config.use_te_activation_func and len(targets_R):  # it refuses no rows at all
             assert te_parallel_cross_entropy is not None
             return te_parallel_cross_entropy(logits_RV[:, None], targets_R[:, None], self.tp_group)[:, 0]
         return vocab_parallel_cross_entropy(logits_RV.float(), targets_R, tp_group=self.tp_group)

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
+from model.backend import has_fused_kernels
 from model.config import ComputeConfig, ModelConfig
 from model.parallel import ParallelConfig
 
@@ -46,6 +47,8 @@ def build_transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         bias_activation_fusion=False,
+        use_te_activation_func=has_fused_kernels(compute, compute_dtype(compute)),
+        apply_rope_fusion=has_fused_kernels(compute, compute_dtype(compute)),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=compute_dtype(compute),

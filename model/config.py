@@ -90,6 +90,9 @@ class ComputeConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="selective: projectors and attention; full: layers keep their input only"
     )
+    fused_kernels: bool = Field(
+        default=True, description="Transformer Engine's rotary, activation and loss kernels, where it is used"
+    )
     gradient_accumulation_fusion: bool = Field(default=False, description="weight gradients go into their buffer")
 
     @model_validator(mode="after")

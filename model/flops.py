@@ -1,4 +1,4 @@
-"""What SAISA costs, from the sizes alone: parameters, FLOPs and activation memory.
+"""What SAISA costs, from the sizes alone: parameters and FLOPs. `model.memory` says what it holds.
 
 Model FLOPs are counted: the multiplications and additions of every matrix product once, forward and backward, two a
 pair; norms, activations and the softmax as none, work that is done again to save memory not at all. Attention is
@@ -11,15 +11,10 @@ heads, H head dim, F FFN, C vision width, V vocabulary filled up to `VOCABULARY_
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from model.config import ModelConfig, Phase, VisionConfig
 from model.parallel import padded_vocab_size
-
-Recompute = Literal["none", "selective", "full"]
-STATISTICS_BYTES = 4  # of norms and of the softmax: fp32 in every precision
 
 
 @dataclass(frozen=True)
@@ -173,76 +168,3 @@ def encoder_forward_flops(vision: VisionConfig, ffn_hidden_size: int) -> int:
     patches = num_patches * 3 * vision.patch_size**2 * c
     layer = num_positions * (4 * c * c + 2 * c * ffn_hidden_size) + 2 * num_positions**2 * c
     return 2 * (patches + num_layers * layer)
-
-
-@dataclass(frozen=True)
-class ActivationBytes:
-    """Bytes of activations that one pack holds from its forward pass to its backward pass, on one device.
-
-    Attributes:
-        shared: what all layers share: vision features, rotary tables, in stage 1 the shared projector.
-        layer: what each layer keeps.
-        head: the final norm and the loss.
-        recomputed: what a layer has besides while its backward pass runs, because it is computed again.
-    """
-
-    shared: int
-    layer: int
-    head: int
-    recomputed: int
-
-    def total(self, num_layers: int) -> int:
-        """Returns the most that is held at once, with `num_layers` layers on the device."""
-        return self.shared + num_layers * self.layer + self.head + self.recomputed
-
-
-def activation_bytes(
-    model: ModelConfig,
-    phase: Phase,
-    recompute: Recompute,
-    num_text: int,
-    num_visual: int,
-    num_targets: int,
-    num_gathered_keys: int | None = None,
-    element_bytes: int = 2,
-) -> ActivationBytes:
-    """Returns the activation memory of a pack without tensor parallelism, with a flash kernel.
-
-    The sizes are those of the whole pack, padding included. `num_gathered_keys` are those of its segments (the default
-    is one for every key, which is right for `compute.attention=block`). `selective` computes projectors and attention
-    again from features and the layer's input; `full` keeps the input of each layer only. Stage 1 does not
-    keep what only a weight gradient needs, because the weights are frozen; that its first layer does not even keep its
-    own input is not accounted for.
-
-    Source: what autograd saves of every operation of `model.saisa`, and flash attention of its own (queries, keys,
-    values, output, and the log-sum-exp of each row: arXiv 2307.08691, section 3.1).
-    """
-    d, f, e = model.hidden_size, model.ffn_hidden_size, element_bytes
-    num_keys = num_text + num_visual
-    num_gathered = num_keys if num_gathered_keys is None else num_gathered_keys
-    is_trained = phase == "finetune"
-    queries, key_size = num_text * model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    norm = (d * e + STATISTICS_BYTES) * num_text  # its input and the scale of every row
-
-    visual_norm = num_visual * STATISTICS_BYTES  # its input is the projector's output
-    projector = num_visual * d * e * (3 if model.projector == "mlp" else 1)  # before and after GELU, and its output
-    flash = (2 * queries + 2 * num_gathered * key_size) * e + num_text * model.num_attention_heads * STATISTICS_BYTES
-    linear_inputs = (num_text + num_keys) * d * e if is_trained else 0  # of queries, of keys and values
-    ffn = num_text * (4 * f + (d + f if is_trained else 0)) * e  # up and gate, SiLU, up again; inputs of both layers
-
-    own_projector = visual_norm + (projector if is_trained else 0)
-    whole = own_projector + norm + linear_inputs + flash + norm + ffn
-    kept, again = {
-        "none": (whole, 0),
-        "selective": (num_text * d * e + norm + ffn, whole - norm - ffn),
-        "full": (num_text * d * e, whole),
-    }[recompute]
-    rotary_tables = 2 * num_keys * model.head_dim * e
-    features = num_visual * model.vision.hidden_size * e
-    return ActivationBytes(
-        shared=features + rotary_tables + (0 if is_trained else projector),
-        layer=kept,
-        # The loss keeps a probability in fp32 for every target and entry of the vocabulary.
-        head=norm + num_targets * ((d * e if is_trained else 0) + padded_vocab_size(model) * STATISTICS_BYTES),
-        recomputed=again,
-    )

@@ -35,13 +35,11 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.nn.functional import gelu
 
-from model.attention import attention, rotary_table, rotate
+from model.attention import Rotary, attention, rotary_table, rotate
 from model.backend import LayerBuilder
 from model.config import ModelConfig
 from model.pack import Pack
 from model.parallel import Stage, padded_vocab_size
-
-Rotary = tuple[Tensor, Tensor]
 
 
 class Projector(MegatronModule):
@@ -84,10 +82,9 @@ class NaavitAttention(MegatronModule):
         # Each key/value group's features stand together, key then value, so that tensor parallelism divides by group.
         kv_SG2H = self.linear_kv(torch.cat([visual_ID, text_TD]))[0].unflatten(-1, (-1, 2 * self.head_dim))
         k_SGH, v_SGH = self._visual_first(kv_SG2H, len(visual_ID)).chunk(2, dim=-1)
-        cos_S1H, sin_S1H = rotary_S1H
         num_visual = len(k_SGH) - len(q_TNH)
-        q_TNH = rotate(q_TNH, cos_S1H[num_visual:], sin_S1H[num_visual:])
-        k_SGH = rotate(k_SGH, cos_S1H, sin_S1H)
+        q_TNH = rotate(q_TNH, tuple(table[num_visual:] for table in rotary_S1H))
+        k_SGH = rotate(k_SGH, rotary_S1H)
         out_TNH = attention(q_TNH, k_SGH, v_SGH, pack, self.backend)
         return self.linear_proj(out_TNH.flatten(1))[0]
 
@@ -189,7 +186,11 @@ class SaisaModel(MegatronModule):
         """Returns the text states [T, D] that leave this stage (with the last, after the final norm)."""
         text_TD = self.input_states(pack)
         rotary_S1H = rotary_table(
-            pack.key_positions_S, self.model.head_dim, self.model.rope_theta, self.config.params_dtype
+            pack.key_positions_S,
+            self.model.head_dim,
+            self.model.rope_theta,
+            self.config.params_dtype,
+            self.config.apply_rope_fusion,
         )
         with self.builder.fp8_of_all():
             visual = features_IC if self.shared_projector is None else self._project_once(features_IC)

@@ -124,8 +124,8 @@ def check_outcome(outcome: Outcome, batch: GlobalBatch, config: RunConfig) -> fl
     planned = batch.counts.num_targets
     if outcome.num_targets != planned:
         raise ValueError(
-            f"step {batch.step}: the samples have {count_text(int(outcome.num_targets), 'target')}, but the length table "
-            f"says {planned:,}; stopped before the optimizer step. Delete lengths-*.npz in "
+            f"step {batch.step}: the samples have {count_text(int(outcome.num_targets), 'target')}, but the length "
+            f"table says {planned:,}; stopped before the optimizer step. Delete lengths-*.npz in "
             f"data.cache={config.data.cache}"
         )
     loss = outcome.loss_sum / planned

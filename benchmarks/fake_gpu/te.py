@@ -89,7 +89,7 @@ def install(recorder: Recorder) -> None:
     compiled.get_cublasLt_version = lambda: 130100
     compiled.get_num_cublas_streams = lambda: 4
     compiled.get_cudnn_version = lambda: 91900
-    for name, stand_in in (_matrix_products(recorder) | _many_tensors(recorder)).items():
+    for name, stand_in in (_matrix_products(recorder) | _elementwise(recorder) | _many_tensors(recorder)).items():
         setattr(compiled, name, stand_in)
     compiled.__all__ = [name for name in vars(compiled) if not name.startswith("__")]
     sys.modules |= {name: _Module(name) for name in NOT_INSTALLED} | {COMPILED: compiled}
@@ -161,6 +161,31 @@ def _matrix_products(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         return out, bias_grad, None, None
 
     return {"generic_gemm": generic_gemm}
+
+
+def _elementwise(recorder: Recorder) -> dict[str, Callable[..., Any]]:
+    def kernel(name: str, inputs: list[Tensor], shape: Any) -> Tensor:
+        out = torch.empty(shape, dtype=inputs[0].dtype, device=inputs[0].device)
+        recorder.add("kernel", f"te.{name}", inputs, [out])
+        return out
+
+    def swiglu(x: Tensor, quantizer: Any, *_: Any) -> Tensor:
+        assert quantizer is None, "no stand-in for an activation that quantizes"
+        return kernel("swiglu", [x], (*x.shape[:-1], x.shape[-1] // 2))
+
+    def dswiglu(grad: Tensor, x: Tensor, quantizer: Any, *_: Any) -> Tensor:
+        assert quantizer is None, "no stand-in for an activation that quantizes"
+        return kernel("dswiglu", [grad, x], x.shape)
+
+    def rope(name: str) -> Callable[..., Tensor]:
+        def work(x: Tensor, angles: Tensor, *_: Any) -> Tensor:
+            assert angles.dtype == torch.float32 and angles.shape == (len(x), 1, 1, x.shape[-1]), angles.shape
+            return kernel(name, [x, angles], x.shape)
+
+        return work
+
+    ropes = {name: rope(name) for name in ("fused_rope_forward", "fused_rope_backward")}
+    return {"swiglu": swiglu, "dswiglu": dswiglu, **ropes}
 
 
 def _many_tensors(recorder: Recorder) -> dict[str, Callable[..., Any]]:

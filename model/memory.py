@@ -1,0 +1,128 @@
+"""What a training step holds on a GPU, from the sizes alone: weights, gradients, optimizer, activations.
+
+The formulas follow a step with Transformer Engine's kernels and a flash kernel; a step on a fake GPU, traced allocation
+by allocation, agrees to a few percent (`tests/benchmarks/test_fake_gpu.py`). What torch's allocator reserves beyond what
+is asked of it is not in them.
+
+Symbols: T text rows, I visual rows, S = T + I, E keys of all segments, R rows with a target; D hidden, N query heads,
+G key/value heads, H head dim, F FFN, C vision width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from model.config import ComputeConfig, ModelConfig, Phase
+from model.flops import parameter_counts
+from model.parallel import ParallelConfig, padded_vocab_size
+
+ELEMENT_BYTES = 2  # of weights and activations: bf16, under FP8 too
+STATISTICS_BYTES = 4  # of norms and of the softmax: fp32 in every precision
+GRADIENT_BYTES = 4
+MOMENT_BYTES = {"fp32": 4, "bf16": 2}
+MAIN_WEIGHT_BYTES = 4
+WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """Rows of a pack, padding included.
+
+    Attributes:
+        num_text: text rows.
+        num_visual: visual rows.
+        num_targets: text rows with a target.
+        num_gathered_keys: keys of all segments, those that several segments need counted for each.
+    """
+
+    num_text: int
+    num_visual: int
+    num_targets: int
+    num_gathered_keys: int
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes of activations that one pack holds on one device.
+
+    Attributes:
+        shared: what all layers share: vision features, rotary angles, in stage 1 the shared projector.
+        layer: what each layer keeps from its forward to its backward pass.
+        working: the most that a layer has besides in its backward pass, what is computed again included.
+        head: the most that the final norm, the vocabulary and the loss have.
+    """
+
+    shared: int
+    layer: int
+    working: int
+    head: int
+
+    def peak(self, num_layers: int, has_head: bool = True, num_packs: int = 1) -> int:
+        """Returns the most that is held at once by a stage with `num_layers` layers and `num_packs` packs under way."""
+        return num_packs * (self.shared + num_layers * self.layer) + max(self.working, self.head if has_head else 0)
+
+
+def activation_bytes(
+    model: ModelConfig, phase: Phase, compute: ComputeConfig, pack: PackSize, parallel: ParallelConfig | None = None
+) -> ActivationBytes:
+    """Returns the activation memory of a pack on a device that has 1 / tp of every layer.
+
+    Between the layers rows are divided by `parallel.num_row_parts`, within them heads, FFN and vocabulary by tp. In
+    stage 1 nothing is kept that only the gradient of a frozen weight needs.
+
+    Source: what autograd saves of every operation of `model.saisa`, and what is alive beside it at the worst moment; of
+    flash attention queries, keys, values, output and the log-sum-exp of each row (arXiv 2307.08691, section 3.1).
+    """
+    parallel = parallel or ParallelConfig()
+    tp, parts, e, is_trained = parallel.tp, parallel.num_row_parts, ELEMENT_BYTES, phase == "finetune"
+    d, f = model.hidden_size * e, model.ffn_hidden_size * e // tp
+    queries = model.num_attention_heads * model.head_dim * e // tp
+    keys = model.num_query_groups * model.head_dim * e // tp
+    t, i, own_t, own_i = pack.num_text, pack.num_visual, pack.num_text // parts, pack.num_visual // parts
+    text_rows, vocabulary = own_t * d, padded_vocab_size(model) * e // tp
+
+    inner = 2 * i * d // tp if model.projector == "mlp" else 0  # before and after GELU
+    projector = inner + own_i * d
+    own_projector = projector if is_trained else 0
+    linear_inputs = 2 * text_rows + own_i * d if is_trained else 0  # of queries; of keys and values
+    statistics = (2 * own_t + own_i + t * model.num_attention_heads // tp) * STATISTICS_BYTES
+    flash = 2 * t * queries + 2 * pack.num_gathered_keys * keys
+    attend = own_projector + linear_inputs + flash + statistics
+    ffn = 2 * text_rows + 2 * t * f + (t * f if is_trained else 0)  # its input, before and after its norm; up and gate
+    ffn -= 0 if is_trained else text_rows
+    layer_input = text_rows
+
+    weight_gradient = model.hidden_size * f if is_trained else 0
+    # In the backward pass of the FFN: the gradient of the activation, then of its input, and of a weight.
+    ffn_working = max(t * f + weight_gradient, 3 * t * f) - 0 * t
+    # While attention is computed again: keys and values before they are turned and gathered, turned keys, visual rows
+    # behind their norm.
+    again = attend + 3 * (t + i) * keys + own_i * d + text_rows
+    kept = {
+        "none": (layer_input + attend + ffn, ffn_working),
+        "selective": (layer_input + ffn, max(ffn_working, again - ffn + text_rows)),
+        "full": (layer_input, attend + ffn + ffn_working),
+    }[compute.recompute]
+    gradient = text_rows
+    head_rows = pack.num_targets * d
+    return ActivationBytes(
+        shared=i * model.vision.hidden_size * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector),
+        layer=kept[0],
+        working=kept[1] + gradient,
+        head=text_rows
+        + head_rows
+        + max(
+            2 * pack.num_targets * vocabulary,  # logits, and the copy that the loss keeps
+            pack.num_targets * vocabulary + head_rows + (model.hidden_size * vocabulary if is_trained else 0),
+        ),
+    )
+
+
+def resident_bytes(model: ModelConfig, phase: Phase, moments: str, num_replicas: int) -> int:
+    """Returns the bytes held between steps on one device that has the whole model, without the vision encoder.
+
+    Weights; gradients of what is trained, in fp32; a share of its fp32 weights and two moments.
+    Source: ZeRO (arXiv 1910.02054), section 3.1, with what megatron-core's distributed optimizer divides.
+    """
+    counts = parameter_counts(model, phase)
+    divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
+    trained = counts.num_trained * (GRADIENT_BYTES + divided / num_replicas)
+    return int(counts.total * ELEMENT_BYTES + trained) + WORKSPACE_BYTES
