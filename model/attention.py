@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
-from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -170,8 +170,8 @@ def rotary_table(
 ) -> Rotary:
     """Returns what turns features at `positions_S`: cosines and sines, each [S, 1, H], or fp32 angles if `is_fused`.
 
-    Cosines and sines are computed in fp32 and rounded to `dtype`; in that of the features, all layers keep one table and
-    no copies. The fused kernel computes them from the angles.
+    Cosines and sines are computed in fp32 and rounded to `dtype`; in that of the features, all layers keep one table
+    and no copies. The fused kernel computes them from the angles.
     Source: RoPE (arXiv 2104.09864) in Llama's layout, which pairs feature j with feature j + H/2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_S.device) / head_dim
@@ -183,6 +183,7 @@ def rotary_table(
 def rotate(x_SNH: Tensor, rotary_S1H: Rotary) -> Tensor:
     """Returns `x_SNH` turned by its rotary angles, in its own precision."""
     if len(rotary_S1H) == 1:
+        assert fused_apply_rotary_pos_emb is not None
         return fused_apply_rotary_pos_emb(x_SNH[:, None], rotary_S1H[0][:, None])[:, 0]
     cos_S1H, sin_S1H = rotary_S1H
     first, second = x_SNH.chunk(2, dim=-1)

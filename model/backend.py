@@ -230,7 +230,7 @@ class LayerBuilder:
         return MLP(self.config, submodules, input_size=input_size, ffn_hidden_size=size, tp_group=self.tp_group)
 
     def _activation(self, config: TransformerConfig) -> Module:
-        """Returns Transformer Engine's gated activation, one kernel that keeps its input; asked for by `use_te_activation_func`."""
+        """Returns Transformer Engine's gated activation; `use_te_activation_func` asks for it."""
         build = self.provider.activation_func()
         assert build is not None
         return _Stateless(build(config=config))

@@ -11,6 +11,7 @@ heads, H head dim, F FFN, C vision width, V vocabulary filled up to `VOCABULARY_
 """
 
 from dataclasses import dataclass
+
 import numpy as np
 
 from model.config import ModelConfig, Phase, VisionConfig

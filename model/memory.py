@@ -1,8 +1,8 @@
 """What a training step holds on a GPU, from the sizes alone: weights, gradients, optimizer, activations.
 
-The formulas follow a step with Transformer Engine's kernels and a flash kernel; a step on a fake GPU, traced allocation
-by allocation, agrees to a few percent (`tests/benchmarks/test_fake_gpu.py`). What torch's allocator reserves beyond what
-is asked of it is not in them.
+The formulas follow a step with Transformer Engine's kernels and a flash kernel; a step on a fake GPU, traced
+allocation by allocation, agrees to 5% (`tests/benchmarks/test_fake_gpu.py`). What torch's allocator reserves beyond
+what is asked of it is not in them.
 
 Symbols: T text rows, I visual rows, S = T + I, E keys of all segments, R rows with a target; D hidden, N query heads,
 G key/value heads, H head dim, F FFN, C vision width, V vocabulary.
@@ -10,7 +10,7 @@ G key/value heads, H head dim, F FFN, C vision width, V vocabulary.
 
 from dataclasses import dataclass
 
-from model.config import ComputeConfig, ModelConfig, Phase
+from model.config import ComputeConfig, ModelConfig, Phase, VisionConfig
 from model.flops import parameter_counts
 from model.parallel import ParallelConfig, padded_vocab_size
 
@@ -81,32 +81,27 @@ def activation_bytes(
 
     inner = 2 * i * d // tp if model.projector == "mlp" else 0  # before and after GELU
     projector = inner + own_i * d
-    own_projector = projector if is_trained else 0
     linear_inputs = 2 * text_rows + own_i * d if is_trained else 0  # of queries; of keys and values
     statistics = (2 * own_t + own_i + t * model.num_attention_heads // tp) * STATISTICS_BYTES
     flash = 2 * t * queries + 2 * pack.num_gathered_keys * keys
-    attend = own_projector + linear_inputs + flash + statistics
-    ffn = 2 * text_rows + 2 * t * f + (t * f if is_trained else 0)  # its input, before and after its norm; up and gate
-    ffn -= 0 if is_trained else text_rows
-    layer_input = text_rows
+    attend = (projector if is_trained else 0) + linear_inputs + flash + statistics
+    ffn = text_rows + 2 * t * f + (text_rows + t * f if is_trained else 0)  # residual, up and gate; linear inputs
 
-    weight_gradient = model.hidden_size * f if is_trained else 0
-    # In the backward pass of the FFN: the gradient of the activation, then of its input, and of a weight.
-    ffn_working = max(t * f + weight_gradient, 3 * t * f) - 0 * t
-    # While attention is computed again: keys and values before they are turned and gathered, turned keys, visual rows
-    # behind their norm.
-    again = attend + 3 * (t + i) * keys + own_i * d + text_rows
-    kept = {
-        "none": (layer_input + attend + ffn, ffn_working),
-        "selective": (layer_input + ffn, max(ffn_working, again - ffn + text_rows)),
-        "full": (layer_input, attend + ffn + ffn_working),
+    # Beside what attention keeps: keys and values as they come, again in order under sequence parallelism, turned keys,
+    # visual rows behind their norm, and what comes out.
+    attending = (3 + 2 * (parts > 1)) * (t + i) * keys + own_i * d + text_rows
+    # In the backward pass of the FFN: the gradients of its second layer's input and weight, then of the first's output.
+    ffn_backward = max(t * f + model.hidden_size * f, 2 * t * f) if is_trained else 3 * t * f
+    layer, working = {
+        "none": (text_rows + attend + ffn, max(ffn_backward, attending - ffn)),
+        "selective": (text_rows + ffn, max(ffn_backward, attend + attending - ffn + text_rows)),
+        "full": (text_rows, attend + ffn + ffn_backward),
     }[compute.recompute]
-    gradient = text_rows
     head_rows = pack.num_targets * d
     return ActivationBytes(
         shared=i * model.vision.hidden_size * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector),
-        layer=kept[0],
-        working=kept[1] + gradient,
+        layer=layer,
+        working=working + text_rows,  # the gradient that comes from behind
         head=text_rows
         + head_rows
         + max(
@@ -114,6 +109,25 @@ def activation_bytes(
             pack.num_targets * vocabulary + head_rows + (model.hidden_size * vocabulary if is_trained else 0),
         ),
     )
+
+
+def largest_pack(model: ModelConfig, max_text_tokens: int, max_images: int) -> PackSize:
+    """Returns the pack that holds the most within its budgets, of samples with one image each behind their text."""
+    num_visual = max_images * model.vision.num_tokens
+    return PackSize(max_text_tokens, num_visual, max_text_tokens, num_visual + 2 * max_text_tokens)
+
+
+def encoder_bytes(vision: VisionConfig) -> int:
+    """Returns the bytes of the weights of an encoder whose FFN is four times as wide, as CLIP's."""
+    return 12 * vision.hidden_size**2 * vision.num_layers * ELEMENT_BYTES
+
+
+def peak_bytes(
+    model: ModelConfig, phase: Phase, compute: ComputeConfig, pack: PackSize, moments: str, num_replicas: int
+) -> int:
+    """Returns the most that a step holds on one device that has the whole model, with its encoder."""
+    activations = activation_bytes(model, phase, compute, pack).peak(model.num_layers)
+    return resident_bytes(model, phase, moments, num_replicas) + encoder_bytes(model.vision) + activations
 
 
 def resident_bytes(model: ModelConfig, phase: Phase, moments: str, num_replicas: int) -> int:

@@ -1,22 +1,17 @@
-"""Parameters, FLOPs and activation memory against what torch counts on the reference and on the Megatron-core model."""
-
-from typing import Any
+"""Parameters and FLOPs against what torch counts on the reference and on the Megatron-core model."""
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-import model.attention
 from model.compute import build_transformer_config
 from model.config import ComputeConfig, ModelConfig, VisionConfig
 from model.flops import (
     Phase,
-    activation_bytes,
     encoder_forward_flops,
     forward_flops,
     parameter_counts,
@@ -29,7 +24,6 @@ from model.saisa import SaisaModel
 from pipeline.optimizer import freeze
 from tests.model.reference import reference_logits
 from tests.model.test_saisa import LAYOUTS, V, random_pack, random_weights, tiny
-from tests.model.varlen import varlen_reference
 
 PHASES = ["pretrain", "finetune"]
 SIZES = [{}, {"num_query_groups": 1}, {"projector": "linear"}, {"qkv_bias": True}, {"tie_embeddings": True}]
@@ -134,78 +128,3 @@ def test_encoder_flops_equal_the_counted_ones(kind, select_layer):
         type=kind, hidden_size=16, num_layers=3, image_size=32, patch_size=8, select_layer=select_layer
     )
     assert encoder_forward_flops(vision, 40) == found
-
-
-class FlashLike(torch.autograd.Function):
-    """Attention that keeps what a flash kernel keeps: its three inputs, its output and the log-sum-exp of each row."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
-        ctx.segments = segments
-        out = varlen_reference(q, k, v, segments).contiguous()
-        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[1], q.shape[0]))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v = inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
-        with torch.enable_grad():
-            out = varlen_reference(q, k, v, ctx.segments)
-        return *torch.autograd.grad(out, inputs, gradients), None
-
-
-class FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps what a fused kernel keeps: its input and the scale of each row. Its gradient is a stand-in."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).rsqrt()
-        ctx.save_for_backward(x, scale, weight)
-        return x * scale * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, scale, weight = ctx.saved_tensors
-        return gradients[0] * scale * weight, (gradients[0] * x * scale).sum(0)
-
-
-def flash_like(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
-    k, v = (x.index_select(0, pack.segments.key_indices) for x in (k, v))
-    return FlashLike.apply(q, k, v, pack.segments)
-
-
-def saved_bytes(saisa: SaisaModel, pack: Pack, features: Tensor) -> tuple[int, int]:
-    """Bytes of what a forward pass saves besides parameters: of floating-point numbers, and of everything else."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in saisa.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        saisa(pack, features)
-    sizes = [(tensor.untyped_storage().nbytes(), tensor.is_floating_point()) for tensor in saved.values()]
-    return sum(n for n, is_float in sizes if is_float), sum(n for n, is_float in sizes if not is_float)
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_query_groups": 1}, {"projector": "linear"}], ids=str)
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("phase", PHASES)
-def test_activation_bytes_equal_what_autograd_saves(phase, recompute, changes, megatron, monkeypatch):
-    monkeypatch.setattr(model.attention, "dense_attention", flash_like)
-    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight))
-    config = tiny(hidden_size=64, ffn_hidden_size=96, head_dim=16, **changes)
-    pack, features = random_pack(config, LAYOUTS * 4)
-    sizes = (len(pack.positions_T), len(features), pack.num_targets, len(pack.segments.key_indices))
-    floats, others = saved_bytes(model_of_stage(config, phase, recompute), pack, features)
-
-    expected = activation_bytes(config, phase, recompute, *sizes, element_bytes=4)
-    kept = expected.total(config.num_layers) - expected.recomputed
-    if recompute != "none":  # the tables are held by the checkpoint itself, not by autograd
-        kept -= 2 * len(pack.key_positions_S) * config.head_dim * 4
-    elif phase == "pretrain":  # nothing before the first layer is trained, so its input norm keeps nothing
-        kept -= sizes[0] * (config.hidden_size * 4 + 4)
-    assert floats == kept
-    assert others < 0.02 * floats, "row numbers and masks, which the formula leaves out"
