@@ -8,16 +8,15 @@ layers are traced; what the third adds is taken for each of the model's. All col
 the model are those of `model.flops`: products counted once, attention as full rectangles, nothing that is recomputed.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from rich.table import Table
 from typer import Argument, BadParameter, Option
 
 from benchmarks.fake_gpu.traces import Case, Event, Load, Trace, trace_all
-from common.console import build_console, run
+from common.console import build_console, count_text, run
 from model.flops import encoder_forward_flops, training_flops
 from pipeline.config import RunConfig, load_config
 
@@ -48,6 +47,7 @@ class Chip:
 
 
 GPUS_OF_A_NODE = 8
+NUM_LISTED = 16
 CHIPS = {
     # Source: NVIDIA's H100 SXM data sheet (989 TFLOP/s, 3.35 TB/s, NVLink 450 GB/s a direction) and 400 Gb/s a GPU;
     # products at 61% of the peak, attention as FlashAttention-2 and -3 report on it, links and memory at 80 to 90%.
@@ -95,19 +95,43 @@ def kind_of(event: Event) -> str:
     return "bandwidth-bound kernels"
 
 
-def times(trace: Trace, chip: Chip) -> tuple[Counter[str], Counter[str]]:
-    """Returns the seconds and the number of events of each kind."""
-    seconds: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+Key = tuple[str, str, str]  # kind, operation, line
+
+
+class Cost(NamedTuple):
+    """Of some events together: their time, and how many they are."""
+
+    seconds: float
+    number: float
+
+
+def costs(trace: Trace, chip: Chip) -> dict[Key, Cost]:
+    """Returns what each operation at each line costs in a step."""
+    found: dict[Key, Cost] = {}
     for event in trace.events:
-        seconds[kind_of(event)] += seconds_of(event, chip)
-        counts[kind_of(event)] += 1
-    return seconds, counts
+        key = (kind_of(event), event.name, event.source)
+        seconds, number = found.get(key, Cost(0, 0))
+        found[key] = Cost(seconds + seconds_of(event, chip), number + 1)
+    return found
 
 
-def at_layers(two: Counter[str], three: Counter[str], num_layers: int) -> dict[str, float]:
+def at_layers(two: dict[Key, Cost], three: dict[Key, Cost], num_layers: int) -> dict[Key, Cost]:
     """Returns what a model of `num_layers` has, if each of its layers adds what the third does."""
-    return {kind: two[kind] + (num_layers - 2) * (three[kind] - two[kind]) for kind in three}
+
+    def extended(one: float, more: float) -> float:
+        return one + (num_layers - 2) * (more - one)
+
+    nothing = Cost(0, 0)
+    return {key: Cost(*map(extended, two.get(key, nothing), cost)) for key, cost in three.items()}
+
+
+def summed(costs: dict[Key, Cost], part: int) -> dict[str, Cost]:
+    """Returns the costs by one part of their keys, the largest first."""
+    found: dict[str, Cost] = {}
+    for key, cost in costs.items():
+        before = found.get(key[part], Cost(0, 0))
+        found[key[part]] = Cost(before.seconds + cost.seconds, before.number + cost.number)
+    return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
 def model_flops(config: RunConfig, load: Load) -> tuple[int, int]:
@@ -138,26 +162,34 @@ def main(
     if recipe.parallel.pp > 1:
         raise BadParameter("a pipeline's idle time is not predicted; leave parallel.pp=1", param_hint="overrides")
     cases = [Case(config, (*settings, f"model.num_layers={n}"), load, world) for n in (2, 3)]
-    (two, counts_two), (three, counts_three) = (times(trace, chip) for trace in trace_all(cases))
-    seconds = at_layers(two, three, recipe.model.num_layers)
-    counts = at_layers(counts_two, counts_three, recipe.model.num_layers)
-    total = sum(seconds.values())
-    table = Table(
-        title=f"{config.stem}, {packs} x {samples} samples a process, {world} x {gpu}: predicted, not measured"
+    found = at_layers(*(costs(trace, chip) for trace in trace_all(cases)), recipe.model.num_layers)
+    total = sum(cost.seconds for cost in found.values())
+    load_text = f"{count_text(packs, 'pack')} of {samples} samples a process"
+    title = f"{config.stem}, {load_text}, {world} x {gpu}: predicted, not measured"
+    console = build_console()
+    console.print(as_table(title, summed(found, 0), total))
+    kernels = {
+        key: cost for key, cost in found.items() if key[0] not in ("wait", "copy", "matrix products", "attention")
+    }
+    worst = sorted(kernels.items(), key=lambda item: -item[1].seconds)[:NUM_LISTED]
+    lines = {f"{name}, {source}": cost for (_, name, source), cost in worst}
+    console.print(as_table("besides matrix products and attention, by cost", lines, total))
+    alone, with_encoder = model_flops(recipe, load)
+    num_waits = sum(cost.number for (kind, *_), cost in found.items() if kind == "wait")
+    console.print(
+        f"a step: {total * 1e3:.0f} ms; MFU: {alone / total / chip.peak_flops:.1%} of the model's FLOPs, "
+        f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; times that the host waits: {num_waits:.0f}"
     )
+
+
+def as_table(title: str, rows: dict[str, Cost], total: float) -> Table:
+    """Returns a table of costs, as times and as fractions of a step."""
+    table = Table(title=title)
     for heading in ("", "ms", "of the step", "number"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        if kind != "wait":
-            table.add_row(kind, f"{value * 1e3:.1f}", f"{value / total:.1%}", f"{counts[kind]:,.0f}")
-    table.add_row("step", f"{total * 1e3:.1f}", "", "")
-    console = build_console()
-    console.print(table)
-    alone, with_encoder = model_flops(recipe, load)
-    console.print(
-        f"MFU: {alone / total / chip.peak_flops:.1%} of the model's FLOPs, "
-        f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; the host waits {counts['wait']:.0f} times"
-    )
+    for name, cost in rows.items():
+        table.add_row(name, f"{cost.seconds * 1e3:.1f}", f"{cost.seconds / total:.1%}", f"{cost.number:,.0f}")
+    return table
 
 
 if __name__ == "__main__":

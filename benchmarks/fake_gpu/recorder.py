@@ -121,7 +121,13 @@ class Recorder(TorchDispatchMode):
                 )
         elif (on_gpu or any(tensor.is_cuda for tensor in made)) and not is_free(func):
             flops = flop_registry.get(func.overloadpacket)
-            self.add("kernel", name, tensors, made, flops(*args, **kwargs, out_val=result) if flops else 0)
+            self.add(
+                "kernel",
+                name,
+                () if name in ("zero_", "fill_") else tensors,
+                made,
+                flops(*args, **kwargs, out_val=result) if flops else 0,
+            )
         return result
 
     def add(
