@@ -119,7 +119,9 @@ def test_a_restart_remembers_what_the_run_has_met_on_every_rank(deep_stage2, tmp
     with pytest.raises(RuntimeError) as caught:
         run_together(2, with_bad_images, found, False, 1)
     lines = [line for line in str(caught.value).splitlines() if line.startswith("ValueError: step 2: ")]
-    assert len(lines) == 2 and all("with it the run has 3 bad samples, and data.max_bad_samples=2." in line for line in lines)
+    assert len(lines) == 2 and all(
+        "with it the run has 3 bad samples, and data.max_bad_samples=2." in line for line in lines
+    )
     run_together(2, with_bad_images, settings(found, found.run_dir, BAD + 1, tp=2), False, 1)
     assert [step["num_bad_samples"] for step in read_metrics(found.run_dir)] == [BAD, 1]
     assert (found.run_dir / FILE).read_text().count("\n") == BAD + 1

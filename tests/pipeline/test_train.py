@@ -254,16 +254,17 @@ def test_bf16_trains_and_resumes(world, stage1, tmp_path):
     assert losses(tmp_path) == before
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(stage2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_what_is_not_finite_stops_before_the_optimizer_steps(stage2, tmp_path, monkeypatch, what):
     def poisoned(losses):
         total = losses.sum() * float("nan")
-        return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach()
+        return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach() if what == "loss" else losses.sum()
 
     config = stage2.model_copy(update={"run_dir": tmp_path})
     monkeypatch.setattr(step_module, "sum_losses", poisoned)
     state = build(config, initialize_distributed())
     before = {name: parameter.clone() for name, parameter in state.stages[0].named_parameters()}
-    with pytest.raises(ValueError, match="step 0: the loss is nan; stopped before the optimizer step"):
+    with pytest.raises(ValueError, match=f"step 0: the {what} is nan; stopped before the optimizer step"):
         step_module.train_step(state, state.source[0], 0.0)
     assert all(torch.equal(before[name], parameter) for name, parameter in state.stages[0].named_parameters())
     shutdown_distributed()
