@@ -72,10 +72,11 @@ def build_transformer_config(
         virtual_pipeline_model_parallel_size=parallel.chunks_per_rank if parallel.chunks_per_rank > 1 else None,
         overlap_p2p_comm=parallel.chunks_per_rank > 1,
         batch_p2p_comm=parallel.chunks_per_rank == 1,  # it confuses the two directions between the same two ranks
+        batch_p2p_sync=False,  # for a bug of old versions of torch
         variable_seq_lengths=parallel.pp > 1,  # packs have as many rows as they need
         moe_token_dispatcher_type="alltoall",  # there are no experts, but the default refuses variable lengths
         deallocate_pipeline_outputs=on_gpu,
-        calculate_per_token_loss=True,  # losses are summed; the schedule divides by the global number of targets
+        calculate_per_token_loss=True,  # neither schedule nor DDP divides: losses come divided by the global targets
         perform_initialization=False,  # every weight is loaded, see model.weights
         use_cpu_initialization=not on_gpu,
     )

@@ -17,6 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Adam
 
 from model.backend import uses_transformer_engine
@@ -50,13 +51,18 @@ def wrap(stages: list[SaisaModel], groups: ProcessGroupCollection) -> list[Distr
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = []
     for stage in stages:
-        stage.config.finalize_model_grads_func = finalize_model_grads
+        stage.config.finalize_model_grads_func = sum_gradients
         trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         layout = DistributedOptimizer.compute_full_param_layout(trained, None, groups.dp_cp.size(), ddp_config)
         wrapped.append(
             DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups, full_param_layout=layout)
         )
     return wrapped
+
+
+def sum_gradients(chunks: list[Module], _: Tensor, **settings: Any) -> None:
+    """Sums the gradients of all replicas, for megatron-core's schedules; without a number it divides by nothing."""
+    finalize_model_grads(chunks, None, **settings)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
 from pipeline.optimizer import clip_gradients, learning_rate, update_weights
+from pipeline.stage_messages import StageMessages
 from pipeline.state import TrainState
 
 
@@ -39,7 +41,7 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
         raise ValueError(nothing_to_learn(batch, state.config.data))
     rate = set_learning_rate(state, batch.step)
     clear_gradients(state)
-    sums, num_targets = forward_and_backward(state, model_inputs(state, batch))
+    sums, num_targets = forward_and_backward(state, model_inputs(state, batch), batch.counts.num_targets)
     totals = sum_over_replicas(sums, num_targets, state)
     outcome = read_outcome(totals, clip_gradients(state.optimizer))
     state.is_stopping = outcome.is_stopping
@@ -77,20 +79,28 @@ def clear_gradients(state: TrainState) -> None:
     state.optimizer.zero_grad()
 
 
-def forward_and_backward(state: TrainState, inputs: list[tuple[Pack, Tensor]]) -> tuple[list[Tensor], int]:
+def forward_and_backward(
+    state: TrainState, inputs: list[tuple[Pack, Tensor]], num_planned: int
+) -> tuple[list[Tensor], int]:
     """Returns the summed loss of each micro-batch (last stages only) and the number of targets in all of them.
 
-    The gradients it leaves are those of the mean over all targets of the global batch, summed over the replicas.
+    The gradients it leaves are those of the mean over the `num_planned` targets of the global batch, summed over the
+    replicas.
     """
+    packs = [pack for pack, _ in inputs]
+    num_rows = [len(pack.positions_T) // state.config.parallel.num_row_parts for pack in packs]
+    model_config = state.wrapped[0].config
     sums = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, num_planned=num_planned),
         data_iterator=[iter(inputs) for _ in state.wrapped],
         model=[*state.wrapped],
         num_microbatches=len(inputs),
         seq_length=state.config.data.max_text_tokens_per_pack,
         micro_batch_size=1,
+        p2p_communicator=StageMessages(state.groups.pp, model_config, num_rows, len(state.wrapped)),
+        pg_collection=state.groups,
     )
-    return sums, sum(pack.num_targets for pack, _ in inputs)
+    return sums, sum(pack.num_targets for pack in packs)
 
 
 class Outcome(NamedTuple):
@@ -165,10 +175,12 @@ def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tens
     ]
 
 
-def forward_step(inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module):
-    """Returns what a chunk of the model makes of its next micro-batch, and how the schedule is to sum losses."""
+def forward_step(
+    inputs: Iterator[tuple[Pack, Tensor]], chunk: torch.nn.Module, num_planned: int
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Returns what a chunk of the model makes of its next micro-batch, and what the schedule is to make of losses."""
     pack, features_IC = next(inputs)
-    return chunk(pack, features_IC), sum_losses
+    return chunk(pack, features_IC), partial(sum_losses, num_planned=num_planned)
 
 
 def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> Tensor:
@@ -229,8 +241,10 @@ def nothing_to_learn(batch: GlobalBatch, data: DataConfig) -> str:
     return f"step {batch.step}: no sample has anything to learn ({held}); {way_out}"
 
 
-def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the summed loss, the number of targets, and the sum to report: the schedule divides over all ranks."""
+def sum_losses(losses: Tensor, num_planned: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what to differentiate, a number of targets that nobody reads, and the summed loss to report.
+
+    Divided here, before the backward pass, the whole buffer of gradients need not be divided after it.
+    """
     total = losses.sum()
-    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, total.detach().clone()
+    return total / num_planned, torch.zeros((), dtype=torch.int, device=losses.device), total.detach().clone()

@@ -6,14 +6,12 @@ must have its fake GPU before it imports this: `benchmarks.fake_gpu.traces.trace
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPVisionConfig, SiglipVisionConfig
@@ -54,7 +52,7 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
     for pack in packs:
         assert pack.segments.max_seqlen_q  # worked out here, where tensors have values
     recorder.num_true = packs[0].num_targets
-    with FakeTensors(allow_non_fake_inputs=True), recorder, known_shapes(packs[0], config):
+    with FakeTensors(allow_non_fake_inputs=True), recorder:
         state = build_state(config, load)
         start_bytes = recorder.peak_bytes
         for step in range(2):
@@ -175,20 +173,3 @@ def build_batch(step: int, packs: Sequence[Pack], state: TrainState) -> GlobalBa
         imbalance_fraction=0.0,
     )
     return GlobalBatch(step, 0, micro_batches, counts, [], {}).pin_memory()
-
-
-@contextmanager
-def known_shapes(pack: Pack, config: RunConfig) -> Iterator[None]:
-    """Answers a pipeline stage that asks its neighbour for the shape of what comes: messages have no values here."""
-    ask = P2PCommunicator._communicate_shapes
-    shape = [len(pack.positions_T) // config.parallel.num_row_parts, 1, config.model.hidden_size]
-
-    def answer(self: Any, next_: Any, previous: Any, receives_previous: bool, receives_next: bool) -> Any:
-        ask(self, next_, previous, receives_previous, receives_next)
-        return (shape if receives_previous else [0, 0, 0]), (shape if receives_next else [0, 0, 0])
-
-    P2PCommunicator._communicate_shapes = answer
-    try:
-        yield
-    finally:
-        P2PCommunicator._communicate_shapes = ask

@@ -62,7 +62,7 @@ def waits(trace: Trace) -> Counter[tuple[str, str]]:
     return Counter((event.name, event.source.partition(":")[0]) for event in trace.events if event.kind == "wait")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("pp")])
+@pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_once_a_step_and_before_the_update(traces, name):
     """Every other wait would let the GPU run dry; an update before it would go on with what is not finite."""
     assert waits(traces[name]) == {WAIT_AT_THE_END: 1}

@@ -45,8 +45,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('group["lr"] = rate', "pass", TORCH),
         ("chunk.zero_grad_buffer()", "pass", TORCH),
         ("loss = outcome.loss_sum / planned", "loss = outcome.loss_sum / batch.counts.num_samples", TORCH),
+        ("return total / num_planned,", "return total,", TORCH),
         ("if outcome.num_targets != planned:", "if False:", STEP),
-        ("torch.full((), losses.numel(),", "torch.full((), 1,", TORCH),
         ("total = losses.sum()", "total = losses.mean()", TORCH),
         ("state.source.image_processor.normalize(", "torch.Tensor.float(", STEP),
         ("rows_of_pack(part,", "rows_of_pack(part.flip(0),", STEP),
@@ -65,6 +65,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             f"{TRAIN}::test_what_is_not_finite_stops_before_the_optimizer_steps[gradient norm]",
         ),
     ],
+    "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
     "pipeline/loop.py": [
         ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),
         (

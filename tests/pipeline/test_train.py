@@ -256,7 +256,7 @@ def test_bf16_trains_and_resumes(world, stage1, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_what_is_not_finite_stops_before_the_optimizer_steps(stage2, tmp_path, monkeypatch, what):
-    def poisoned(losses):
+    def poisoned(losses, num_planned):
         total = losses.sum() * float("nan")
         return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach() if what == "loss" else losses.sum()
 
