@@ -162,7 +162,8 @@ def main(
     if recipe.parallel.pp > 1:
         raise BadParameter("a pipeline's idle time is not predicted; leave parallel.pp=1", param_hint="overrides")
     cases = [Case(config, (*settings, f"model.num_layers={n}"), load, world) for n in (2, 3)]
-    found = at_layers(*(costs(trace, chip) for trace in trace_all(cases)), recipe.model.num_layers)
+    two, three = trace_all(cases)
+    found = at_layers(costs(two, chip), costs(three, chip), recipe.model.num_layers)
     total = sum(cost.seconds for cost in found.values())
     load_text = f"{count_text(packs, 'pack')} of {samples} samples a process"
     title = f"{config.stem}, {load_text}, {world} x {gpu}: predicted, not measured"

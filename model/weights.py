@@ -52,7 +52,9 @@ class Entry:
         """
         if self.num_rows is not None and (num_rows := parts[0].shape[0]) != self.num_rows + self.num_image_rows:
             expected = f"{self.num_rows + self.num_image_rows:,} (vocab_size)"
-            raise ValueError(f"weight {self.theirs[0]} has {count_text(num_rows, 'row')}, but config.json says {expected}")
+            raise ValueError(
+                f"weight {self.theirs[0]} has {count_text(num_rows, 'row')}, but config.json says {expected}"
+            )
         if len(parts) == 1:
             return parts[0][: self.num_rows]
         return torch.cat([part.unflatten(0, (self.num_groups, -1)) for part in parts], dim=1).flatten(0, 1)

@@ -109,7 +109,10 @@ def install() -> None:
 class FakeTensors(FakeTensorMode):
     """Every tensor that is made inside is fake."""
 
-    avoid_device_init = True  # `torch.tensor(1, device="cuda")` is made on the host first, as on a real GPU
+    @property
+    def avoid_device_init(self) -> bool:
+        """So that `torch.tensor(1, device="cuda")` is made on the host first, as on a real GPU."""
+        return True
 
 
 def _answer_in_python() -> None:
@@ -138,7 +141,8 @@ def _answer_in_python() -> None:
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.IntTensor = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")
     cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
-    torch.Tensor.record_stream = lambda *_: None
+    tensor: Any = torch.Tensor
+    tensor.record_stream = lambda *_: None
     fake_tensor.init_gpu_context = lambda *_: None
     compiled: Any = torch._C  # which convolution cuDNN would take depends on the chip; its result does not
     compiled._select_conv_backend = lambda *_, **__: compiled._ConvBackend.Cudnn
