@@ -1,4 +1,4 @@
-"""The recipes fit the GPUs they are for. `tests/benchmarks/test_fake_gpu.py` compares the formulas with traced steps."""
+"""The recipes fit the GPUs they are for. `tests/benchmarks/test_fake_gpu.py` compares the formulas with traces."""
 
 from pathlib import Path
 
