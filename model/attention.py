@@ -184,7 +184,7 @@ def rotate(x_SNH: Tensor, rotary_S1H: Rotary) -> Tensor:
     """Returns `x_SNH` turned by its rotary angles, in its own precision."""
     if len(rotary_S1H) == 1:
         assert fused_apply_rotary_pos_emb is not None
-        return fused_apply_rotary_pos_emb(x_SNH[:, None], rotary_S1H[0][:, None])[:, 0]
+        return fused_apply_rotary_pos_emb(x_SNH[:, None], rotary_S1H[0][:, None]).squeeze(1)
     cos_S1H, sin_S1H = rotary_S1H
     first, second = x_SNH.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)

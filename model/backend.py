@@ -283,7 +283,7 @@ class LayerBuilder:
         """
         if self.config.use_te_activation_func and len(targets_R):  # it refuses no rows at all
             assert te_parallel_cross_entropy is not None
-            return te_parallel_cross_entropy(logits_RV[:, None], targets_R[:, None], self.tp_group)[:, 0]
+            return te_parallel_cross_entropy(logits_RV[:, None], targets_R[:, None], self.tp_group).squeeze(1)
         return vocab_parallel_cross_entropy(logits_RV.float(), targets_R, tp_group=self.tp_group)
 
     def fp8_of_all(self) -> AbstractContextManager:

@@ -206,9 +206,9 @@ class SaisaModel(MegatronModule):
         """Returns the text states [T, D] that enter this stage's layers."""
         if self.embedding is None:
             assert self.input_tensor is not None, "the schedule has handed this stage no states"
-            return self.input_tensor[:, 0]
+            return self.input_tensor.squeeze(1)
         states = self.embedding(pack.token_ids_T[None])
-        return states[:, 0] if self.config.sequence_parallel else states[0]
+        return states.squeeze(1 if self.config.sequence_parallel else 0)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Returns [T, V] (this rank's part of V under tensor parallelism); rows beyond the vocabulary are -inf."""
