@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-gpu mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
+.PHONY: help setup demo test test-gpu bench-gpu trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -46,6 +46,14 @@ test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU
 
 bench-gpu: setup ## [ARGS="--json numbers.json"]: a layer against LLaVA's, attention kernels, FP8 and MFU at 7B widths, on one GPU
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+trace: setup ## CONFIG=x.yaml [ARGS="--world 64 --samples 8"]: what a step asks of a GPU that is not there: memory, kernels, waits
+	$(call need,CONFIG)
+	@$(PYTHON) -m benchmarks.fake_gpu --config $(CONFIG) $(ARGS)
+
+roofline: setup ## CONFIG=x.yaml [ARGS="--world 8 --packs 2"]: the time of such a step on paper, line by line, and its MFU
+	$(call need,CONFIG)
+	@$(PYTHON) -m benchmarks.roofline --config $(CONFIG) $(ARGS)
 
 mutants: setup ## [ARGS="--only pipeline/step"]: plants one-line mistakes in a copy of the code; each must fail a test (20 minutes)
 	$(PYTHON) -m tests.mutants $(ARGS)

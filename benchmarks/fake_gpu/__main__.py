@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from benchmarks.fake_gpu.traces import Case, Kind, Load, trace_all
 from common.console import build_console, run
+from pipeline.config import load_config
 
 GB = 1e9
 
@@ -27,6 +28,7 @@ def main(
     overrides: Annotated[list[str] | None, Argument(help="settings of the recipe, as section.key=value")] = None,
 ) -> None:
     """Traces a training step on a GPU that is not there."""
+    load_config(config, [*(overrides or ())])  # a mistake in it is told at once
     load = Load(num_packs=packs, num_samples=samples, num_text=text, num_images=images)
     [trace] = trace_all([Case(config, tuple(overrides or ()), load, world, rank)])
     console = build_console()
