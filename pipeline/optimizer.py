@@ -7,6 +7,8 @@
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -26,6 +28,8 @@ from model.config import Phase
 from model.saisa import SaisaModel
 from model.weights import SHARED
 from pipeline.config import OptimConfig, RunConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam and Transformer Engine's call them
 
 
 def freeze(model: SaisaModel, phase: Phase) -> None:
@@ -89,15 +93,13 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         params_dtype=compute_dtype(config.compute),
         use_distributed_optimizer=True,
         use_precision_aware_optimizer=optim.moments == "bf16",
-        store_param_remainders=False,  # checkpoints would take the 16 bits that a weight has beyond bf16 for the weight
+        store_param_remainders=False,  # checkpoints are to have the whole fp32 weight
         exp_avg_dtype=DTYPES[optim.moments],
         exp_avg_sq_dtype=DTYPES[optim.moments],
     )
     optimizer = get_megatron_optimizer(optimizer_config, [*wrapped])
-    for adam in _torch_adams(optimizer):
-        for parameter in chain.from_iterable(group["params"] for group in adam.param_groups):
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    for part in _parts(optimizer):
+        _start_moments(part.optimizer)
     return optimizer
 
 
@@ -116,33 +118,67 @@ def update_weights(optimizer: MegatronOptimizer) -> None:
     part.step_with_ready_grads()
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Loads a state that `MegatronOptimizer.sharded_state_dict` described.
+@dataclass(frozen=True)
+class OwnedRange:
+    """Elements [start, stop) of a flattened parameter, which this process updates.
 
-    Megatron-core 0.19 leaves the step count of a torch Adam in its parameter groups, where torch does not look, and
-    looks for it among the loaded moments, where it is not.
+    Attributes:
+        states: flat tensors of the optimizer itself: `param` (fp32 weights), `exp_avg` and `exp_avg_sq`.
     """
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+    states: dict[str, Tensor]
+
+
+def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:
+    """Yields what this process updates; together the data-parallel ranks own every element once."""
     for part in _parts(optimizer):
-        if isinstance(part.optimizer, Adam):
-            set_state = part._set_main_param_and_optimizer_states
-            part._set_main_param_and_optimizer_states = lambda parameter, loaded, set_state=set_state: set_state(
-                parameter, {"step": None, **loaded}
+        for parameter, (group, place) in part.model_param_group_index_map.items():
+            where = part._get_model_param_range_map(parameter)["param"]
+            weights = part.optimizer.param_groups[group]["params"][place]
+            state = part.optimizer.state[weights]
+            states = {"param": state.get("master_param", weights)} | {name: state[name] for name in MOMENTS}
+            assert states["param"].dtype == torch.float32
+            yield OwnedRange(
+                parameter, where.start, where.end, {name: tensor.detach() for name, tensor in states.items()}
             )
-    with torch.no_grad():  # in fp32 the optimizer writes through views of the model's own parameters
-        optimizer.load_state_dict(state)
-    for adam in _torch_adams(optimizer):
-        for group in adam.param_groups:
-            step = float(group.pop("step"))
-            for parameter in group["params"]:
-                adam.state[parameter]["step"] = torch.tensor(step)
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> list[Adam]:
-    """Returns the torch Adams inside; none where Transformer Engine's fused one is used.
+def num_updates(optimizer: MegatronOptimizer) -> int:
+    """Returns how often the weights have been updated, by which Adam corrects its moments."""
+    counts = [0]
+    for part in _parts(optimizer):
+        holders = part.optimizer.state.values() if _is_torchs(part.optimizer) else part.optimizer.param_groups
+        counts += [int(holder.get("step", 0)) for holder in holders]
+    return max(counts)
 
-    Megatron-core 0.19 cannot describe the state of a torch Adam that has not stepped, so ours start with one.
-    """
-    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, Adam)]
+
+def set_num_updates(optimizer: MegatronOptimizer, count: int) -> None:
+    """Lets the optimizer go on as after `count` updates."""
+    for part in _parts(optimizer):
+        if _is_torchs(part.optimizer):
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(float(count))
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = count
+
+
+def _start_moments(adam: Any) -> None:
+    """Makes what an Adam makes in its first step, so that it can be saved and loaded at any time."""
+    for parameter in chain.from_iterable(group["params"] for group in adam.param_groups):
+        if _is_torchs(adam):
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        else:
+            adam.initialize_state(parameter, store_param_remainders=False)
+
+
+def _is_torchs(adam: Any) -> bool:
+    """Whether it is torch's Adam, which counts its steps for each parameter, or Transformer Engine's."""
+    return isinstance(adam, Adam)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -25,11 +25,11 @@ from model.backend import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.saisa import SaisaModel
 from pipeline.checkpoint.data_only import check_data, data_only
 from pipeline.checkpoint.integrity import damaged_files
+from pipeline.checkpoint.owned import Whole, owned_state
 from pipeline.checkpoint.run_info import RunInfo, check_run, checkpoints_of, read_info
 from pipeline.distributed import broadcast_from_rank0
-from pipeline.optimizer import load_optimizer_state
+from pipeline.optimizer import num_updates, set_num_updates
 
-SHARDING = "fully_reshardable"  # optimizer states can be read back at any TP, PP and DP
 ASIDE = ".set-aside"  # what a damaged checkpoint is called when its run goes on from the one before it
 OTHER_VERSION = "perhaps of another version of megatron-core; use that, or another run_dir"
 
@@ -69,16 +69,20 @@ def restore_checkpoint(
     """
     info = read_info(checkpoint)
     check_run(checkpoint, info, run)
-    # Data-parallel ranks need the same: each reads a part, and they exchange.
+    # Data-parallel ranks need the same weights: each reads a part, and they exchange. What a rank owns it reads itself.
     reads = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
     wanted = sharded_state(stages, optimizer, groups, is_loading=True)
+    in_place = {name: cast(Tensor, entry.data) for name, entry in wanted["optimizer"]["owned"].items()}
     _check_data(checkpoint, OTHER_VERSION)
     with _named_damage(checkpoint, OTHER_VERSION):
         state: Any = dist_checkpointing.load(wanted, str(checkpoint), sharded_strategy=cast(Any, reads))
         for number, stage in enumerate(stages):
             with fp8_state_checked(state[f"stage{number}"]):
                 stage.load_state_dict(state[f"stage{number}"], strict=False)
-        load_optimizer_state(optimizer, state["optimizer"])
+        for name, loaded in state["optimizer"]["owned"].items():
+            if not loaded.is_set_to(in_place[name]):  # a stage's copy of the shared projector, say
+                in_place[name].copy_(loaded)
+        set_num_updates(optimizer, _stored_updates(state["optimizer"]))
         torch.set_rng_state(state["rng"])
     return info["step"]
 
@@ -94,21 +98,20 @@ def set_aside_newer(checkpoint: Path) -> list[Path]:
 def sharded_state(
     stages: list[SaisaModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool = False
 ) -> dict[str, Any]:
-    """Returns what this process has of a run's state, described so that it can be put together differently."""
-    metadata = {
-        "distrib_optim_sharding_type": SHARDING,
-        "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank of each data-parallel group gathers, not all
-        "dp_cp_group": groups.dp_cp,
-    }
+    """Returns what this process has of a run's state, described so that it can be put together differently.
+
+    Of trained weights a process writes those that it updates, and reads all that its stages have.
+    """
     state: dict[str, Any] = {}
+    trained: list[Whole] = []
     for number, stage in enumerate(stages):
-        whole = stage.sharded_state_dict(metadata=metadata)
-        kept = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
-        if has_fp8_state(stage.config):
-            kept |= {name for name in whole if name.endswith(FP8_STATE)}
-        state[f"stage{number}"] = {name: entry for name, entry in whole.items() if name in kept}
-    described = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-    return {**state, "optimizer": described, "rng": torch.get_rng_state()}
+        whole: dict[str, Any] = stage.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        weights = {name: whole[name] for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        scales = {name: entry for name, entry in whole.items() if name.endswith(FP8_STATE)}
+        state[f"stage{number}"] = (scales if has_fp8_state(stage.config) else {}) | (weights if is_loading else {})
+        trained += weights.values()
+    owned = owned_state(optimizer, trained, with_weights=not is_loading)
+    return {**state, "optimizer": {"step": num_updates(optimizer), "owned": owned}, "rng": torch.get_rng_state()}
 
 
 def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
@@ -123,6 +126,11 @@ def load_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
         wanted = {key: tensor for key, tensor in metadata.items() if not key.startswith("optimizer.")}
         loaded: Any = dist_checkpointing.load(dict(wanted), str(checkpoint), validate_access_integrity=False)
         return {key: loaded[key] for key in wanted}
+
+
+def _stored_updates(stored: dict[str, Any]) -> int:
+    """Returns how often the weights had been updated; up to October 2026 megatron-core wrote it, in every group."""
+    return stored["step"] if "step" in stored else int(stored["optimizer"]["param_groups"][0]["step"])
 
 
 def _check_data(checkpoint: Path, way_out: str) -> None:

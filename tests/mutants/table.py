@@ -39,7 +39,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("optim.learning_rate * step / num_warmup", "optim.learning_rate", TORCH),
         ("math.cos(math.pi * progress)", "math.cos(progress)", TORCH),
         ("or name.startswith(SHARED)", "or True", TORCH),
-        ('["step"] = torch.tensor(step)', '["step"] = torch.tensor(0.0)', KILLED),
+        ('["step"] = torch.tensor(float(count))', '["step"] = torch.tensor(0.0)', KILLED),
     ],
     "pipeline/step.py": [
         ('group["lr"] = rate', "pass", TORCH),

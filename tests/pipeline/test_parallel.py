@@ -99,7 +99,7 @@ def test_a_run_goes_on_when_it_is_divided_otherwise(deep_stage2, split, tmp_path
 def test_a_divided_run_goes_on_bit_for_bit_and_in_one_process(deep_stage2, split, tmp_path):
     """It is the run of one process, and so is what goes on from the middle of it, divided the same way or not at all.
 
-    The first writes its checkpoints in the background, the second does not; in DP2 one process has none to write.
+    The first writes its checkpoints in the background, the second does not.
     """
     num_processes, parallel = SPLITS[split]
     first, second = (divided(deep_stage2, tmp_path / name, **parallel) for name in ("first", "second"))
