@@ -16,6 +16,7 @@ reads whatever rectangles it owns, however the model and the optimizer were divi
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -34,7 +35,7 @@ def owned_state(optimizer: MegatronOptimizer, trained: Sequence[Whole], with_wei
 
     Their data are views of what the optimizer and the model have, so that what is loaded into them is in place.
     """
-    described = {entry.data: entry for entry in trained}
+    described: dict[Any, Whole] = {entry.data: entry for entry in trained}
     found = [
         rectangle
         for owned in owned_ranges(optimizer)
@@ -80,11 +81,13 @@ def _named(owned: OwnedRange, name: str, with_weights: bool) -> Iterator[tuple[s
 
 def _cut(whole: Whole, key: str, flat: Tensor, start: int) -> Iterator[ShardedTensor]:
     """Yields a flat range that begins at element `start` of a parameter as rectangles of the whole model's."""
-    outline = torch.empty(whole.data.shape, dtype=flat.dtype, device="meta")
-    if isinstance(whole, ShardedTensorFactory):
-        pieces = whole.build_fn(key, outline, whole.replica_id, None)
-    else:
-        pieces = [replace(whole, key=key, data=outline, dtype=flat.dtype)]
+    parameter: Any = whole.data
+    outline = torch.empty(parameter.shape, dtype=flat.dtype, device="meta")
+    pieces: Any = (
+        whole.build_fn(key, outline, whole.replica_id, None)
+        if isinstance(whole, ShardedTensorFactory)
+        else [replace(whole, key=key, data=outline, dtype=flat.dtype)]
+    )
     for piece in pieces:
         assert piece.data.is_contiguous() and not piece.prepend_axis_num
         before = piece.data.storage_offset()

@@ -17,6 +17,7 @@ PACKING = "pipeline/data/test_packing.py"
 SAMPLES = "pipeline/data/test_samples.py"
 TEMPLATES = "pipeline/data/test_templates.py"
 CHECKPOINT = "pipeline/checkpoint/test_checkpoint.py"
+OWNED = "pipeline/checkpoint/test_owned.py"
 INTEGRITY = "pipeline/checkpoint/test_integrity.py::test_every_process_learns_what_any_of_them_found[1]"
 SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
@@ -169,6 +170,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             f"{TRAIN}::test_a_damaged_checkpoint_is_named",
         ),
         ('if resume == "auto":', "if False:", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),
+        ("is_set_to(in_place[name])", "is_contiguous()", f"{OWNED}::test_every_copy_of_the_shared_projector_is_loaded"),
     ],
     "pipeline/checkpoint/integrity.py": [
         (
@@ -177,6 +179,23 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             f"{TRAIN}::test_a_damaged_checkpoint_is_named",
         ),
         ("sorted(expected)[rank::num_ranks]", "sorted(expected)[rank + 1 :: num_ranks]", INTEGRITY),
+    ],
+    "pipeline/checkpoint/owned.py": [
+        (
+            "first, last = -(-start // row)",
+            "first, last = start // row",
+            f"{OWNED}::test_rectangles_are_their_range_and_in_its_order",
+        ),
+        (
+            "begin = max(start, before)",
+            "begin = start",
+            f"{OWNED}::test_no_process_holds_or_writes_what_another_owns[2]",
+        ),
+        (
+            "replica_id=(*piece.replica_id[:2], 0)",
+            "replica_id=piece.replica_id",
+            f"{OWNED}::test_no_process_holds_or_writes_what_another_owns[2]",
+        ),
     ],
     "pipeline/checkpoint/run_info.py": [
         ("if was.get(name, value) != value", "if False", f"{TRAIN}::test_a_checkpoint_of_another_run_is_refused"),

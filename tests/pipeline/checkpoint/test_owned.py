@@ -40,7 +40,7 @@ def test_rectangles_are_their_range_and_in_its_order(shape):
 
 
 class Made(TorchDispatchMode):
-    """Notes bytes of the largest tensor that any operation gives, and of all those that it makes anew."""
+    """Notes bytes of the largest tensor of numbers that any operation gives, and of all those that it makes anew."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.device.type != "meta":
+        if isinstance(result, Tensor) and result.is_floating_point() and result.device.type != "meta":
             self.largest = max(self.largest, result.nbytes)
             is_new = any(word in str(func) for word in ("clone", "copy.", "empty", "zeros", "cat"))
             self.total += result.nbytes * is_new
@@ -64,7 +64,10 @@ def hold_no_more_than_their_own(config: RunConfig, before, num_elements: int, la
         step = restore_checkpoint(before, state.run, state.stages, state.optimizer, state.groups)
     assert loading.largest <= largest
     assert loading.total <= num_elements * 4  # of weights, which all have, those that another read
-    with Made() as saving, CheckpointWriter(config.run_dir, state.run, {}, 1, False, lambda line: None) as writer:
+    with (
+        Made() as saving,
+        CheckpointWriter(config.run_dir, state.run, {"config": {}}, 1, False, lambda line: None) as writer,
+    ):
         described = sharded_state(state.stages, state.optimizer, state.groups)
         writer.save(step, described)
     assert saving.largest <= largest and saving.total <= own * 1.02
@@ -88,6 +91,26 @@ def test_no_process_holds_or_writes_what_another_owns(deep_stage2, tmp_path, num
         assert sum(written) == sum(sizes) * ELEMENT_BYTES
         assert max(written) <= sum(sizes) * ELEMENT_BYTES / num_processes * 1.02  # buffers are filled up
         before = find_checkpoint(config.run_dir)
+
+
+def states_of_the_shared_projector(config: RunConfig, checkpoint) -> dict[str, list[list[float]]]:
+    """Returns the moments of each parameter on this process, one for each of its stages."""
+    state = build(config, initialize_distributed(config.parallel))
+    restore_checkpoint(checkpoint, state.run, state.stages, state.optimizer, state.groups)
+    names = {parameter: name for stage in state.stages for name, parameter in stage.named_parameters()}
+    found: dict[str, list[list[float]]] = {}
+    for owned in owned_ranges(state.optimizer):
+        found.setdefault(names[owned.parameter], []).append(owned.states["exp_avg"].tolist())
+    shutdown_distributed()
+    return found
+
+
+@pytest.mark.slow  # four processes, which no smaller world stands for: with one replica torch reads every copy
+def test_every_copy_of_the_shared_projector_is_loaded(deep_stage1, tmp_path):
+    config = divided(deep_stage1, tmp_path, pp=2, chunks_per_rank=2)
+    for found in run_together(4, partial(states_of_the_shared_projector, config, find_checkpoint(deep_stage1.run_dir))):
+        assert found and all(len(copies) == 2 and copies[0] == copies[1] for copies in found.values())
+        assert all(any(copies[0]) for copies in found.values())
 
 
 def test_checkpoints_of_the_form_before_are_taken_up(stage2, tmp_path):
