@@ -127,16 +127,24 @@ def peak_bytes(
 ) -> int:
     """Returns the most that a step holds on one device that has the whole model, with its encoder."""
     activations = activation_bytes(model, phase, compute, pack).peak(model.num_layers)
-    return resident_bytes(model, phase, moments, num_replicas) + encoder_bytes(model.vision) + activations
+    return resident_bytes(model, phase, compute, moments, num_replicas) + encoder_bytes(model.vision) + activations
 
 
-def resident_bytes(model: ModelConfig, phase: Phase, moments: str, num_replicas: int) -> int:
+def resident_bytes(model: ModelConfig, phase: Phase, compute: ComputeConfig, moments: str, num_replicas: int) -> int:
     """Returns the bytes held between steps on one device that has the whole model, without the vision encoder.
 
-    Weights; gradients of what is trained, in fp32; a share of its fp32 weights and two moments.
+    Weights; gradients of what is trained, in fp32; a share of its fp32 weights and two moments. Where weight gradients
+    are added within the products, Transformer Engine keeps a tensor of each weight's shape to give autograd instead.
     Source: ZeRO (arXiv 1910.02054), section 3.1, with what megatron-core's distributed optimizer divides.
     """
     counts = parameter_counts(model, phase)
     divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
     trained = counts.num_trained * (GRADIENT_BYTES + divided / num_replicas)
-    return int(counts.total * ELEMENT_BYTES + trained) + WORKSPACE_BYTES
+    stand_ins = 0
+    if compute.gradient_accumulation_fusion and phase == "finetune":
+        d, f, c = model.hidden_size, model.ffn_hidden_size, model.vision.hidden_size
+        queries, keys = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+        shapes = {(2 * f, d), (d, f), (queries, d), (2 * keys, d), (d, queries), (d, c)}
+        shapes |= {(d, d)} if model.projector == "mlp" else set()
+        stand_ins = sum(rows * columns for rows, columns in shapes) * ELEMENT_BYTES
+    return int(counts.total * ELEMENT_BYTES + trained) + stand_ins + WORKSPACE_BYTES

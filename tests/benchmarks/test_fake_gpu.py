@@ -101,9 +101,9 @@ def test_the_encoder_costs_what_its_formula_says(traces):
 @pytest.mark.parametrize(("name", "num_replicas"), [("stage 1", 8), ("stage 2", 8), ("64 ranks", 64)])
 def test_memory_between_steps_is_weights_gradients_and_a_share_of_the_optimizer(traces, name, num_replicas):
     """bf16 weights, fp32 gradients; fp32 weights and two moments, divided over the replicas; the encoder."""
-    phase = "pretrain" if name == "stage 1" else "finetune"
-    encoder = 2 * 3 * 12 * 1024**2
-    expected = resident_bytes(model_of(name), phase, "fp32", num_replicas) + encoder
+    config = load_config(CASES[name].config, [*CASES[name].overrides])
+    expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas)
+    expected += 2 * 3 * 12 * 1024**2  # the encoder
     assert traces[name].resident_bytes == pytest.approx(expected, rel=0.01)
 
 
