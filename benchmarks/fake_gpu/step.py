@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
+from benchmarks.fake_gpu import te
 from benchmarks.fake_gpu.recorder import Recorder
 from benchmarks.fake_gpu.runtime import FakeTensors
 from benchmarks.fake_gpu.traces import Case, Load, Trace
@@ -43,6 +44,7 @@ def trace(case: Case, recorder: Recorder) -> Trace:
         return trace_step(load_config(case.config, [*case.overrides]), case.load, recorder)
     finally:
         shutdown_distributed()
+        te.forget()
         gc.collect()
 
 

@@ -118,6 +118,11 @@ class _TritonKernel:
         )
 
 
+def forget() -> None:
+    """Lets go of the tensors that Transformer Engine keeps for as long as a process lives."""
+    importlib.import_module("transformer_engine.pytorch.module.base")._dummy_wgrads.clear()
+
+
 def _replace_triton(recorder: Recorder) -> None:
     module = importlib.import_module("transformer_engine.pytorch.triton.cross_entropy")
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
