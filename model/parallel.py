@@ -30,6 +30,15 @@ class ParallelConfig(Section):
     layers_per_stage: tuple[int, ...] | None = Field(
         default=None, description="layers of each of the pp * chunks_per_rank stages; by default evened out by FLOPs"
     )
+    overlap_grad_reduce: bool = Field(
+        default=True, description="gradients are summed over the replicas while the backward pass goes on"
+    )
+    overlap_param_gather: bool = Field(
+        default=True, description="new weights are collected from the replicas while the next step begins"
+    )
+    bucket_parameters: int | None = Field(
+        default=None, gt=0, description="parameters per sum; by default 40 million, or 1 million a replica if more"
+    )
 
     @property
     def num_stages(self) -> int:
@@ -47,6 +56,12 @@ class ParallelConfig(Section):
             raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1: those processes share the rows")
         if self.chunks_per_rank > 1 and self.pp == 1:
             raise ValueError(f"parallel.chunks_per_rank={self.chunks_per_rank} needs parallel.pp > 1")
+        if not self.overlap_grad_reduce and (self.overlap_param_gather or self.bucket_parameters):
+            setting = "overlap_param_gather=true" if self.overlap_param_gather else "bucket_parameters"
+            raise ValueError(
+                f"parallel.{setting} needs the buckets of parallel.overlap_grad_reduce=true; set "
+                "parallel.overlap_param_gather=false too, and no parallel.bucket_parameters"
+            )
         return self
 
 

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.data.batches import GlobalBatch
 from pipeline.distributed import broadcast_from_rank0, initialize_distributed, shutdown_distributed, told_once
 from pipeline.metrics import MetricsLog, check_log
+from pipeline.replicas import wait_for_weights
 from pipeline.state import TrainState, build
 from pipeline.step import train_step
 from pipeline.stop import STATUS, check_no_stop_file
@@ -62,6 +63,7 @@ def run_steps(state: TrainState) -> None:
                 state.stop.ask()  # which all learn in the next step
             writer.poll()
             if due(state):
+                wait_for_weights(state.wrapped)
                 writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
             if state.is_stopping:
                 break

@@ -13,13 +13,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn import Module
 from torch.optim import Adam
 
 from model.backend import uses_transformer_engine
@@ -48,25 +45,6 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
         return optim.learning_rate * step / num_warmup
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def wrap(stages: list[SaisaModel], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
-    """Returns the stages with their gradients in buffers that the distributed optimizer shares out."""
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    wrapped = []
-    for stage in stages:
-        stage.config.finalize_model_grads_func = sum_gradients
-        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        layout = DistributedOptimizer.compute_full_param_layout(trained, None, groups.dp_cp.size(), ddp_config)
-        wrapped.append(
-            DistributedDataParallel(stage.config, ddp_config, stage, pg_collection=groups, full_param_layout=layout)
-        )
-    return wrapped
-
-
-def sum_gradients(chunks: list[Module], _: Tensor, **settings: Any) -> None:
-    """Sums the gradients of all replicas, for megatron-core's schedules; without a number it divides by nothing."""
-    finalize_model_grads(chunks, None, **settings)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:

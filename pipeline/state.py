@@ -23,7 +23,8 @@ from pipeline.config import RunConfig
 from pipeline.data.batches import BatchSource, RankCoordinates, build_source, load_table, open_shards
 from pipeline.data.lengths import LengthTable
 from pipeline.distributed import broadcast_from_rank0
-from pipeline.optimizer import build_optimizer, freeze, wrap
+from pipeline.optimizer import build_optimizer, freeze
+from pipeline.replicas import wrap
 from pipeline.start import base_model_config, initial_parameters
 from pipeline.stop import STOP_FILE, StopRequest
 
@@ -121,4 +122,4 @@ def make_trainable(
     """Returns the stages with what the phase trains in gradient buffers, and the rest frozen."""
     for stage in stages:
         freeze(stage, config.phase)
-    return wrap(stages, groups)
+    return wrap(stages, groups, config.parallel)

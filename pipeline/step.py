@@ -21,6 +21,7 @@ from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory
 from pipeline.optimizer import clip_gradients, learning_rate, update_weights
+from pipeline.replicas import gather_weights
 from pipeline.stage_messages import StageMessages
 from pipeline.state import TrainState
 
@@ -47,6 +48,7 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     state.is_stopping = outcome.is_stopping
     loss = check_outcome(outcome, batch, state.config)
     update_weights(state.optimizer)
+    gather_weights(state.wrapped)
     state.step = batch.step + 1
     seconds = time.monotonic() - started + wait_seconds
     return StepMetrics(

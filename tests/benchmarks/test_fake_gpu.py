@@ -1,6 +1,7 @@
 """Training steps of the 7B recipes on a fake GPU: what they make it do, against formulas and lists written by hand."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_the_host_waits_once_a_step_and_before_the_update(traces, name):
         WAIT_AT_THE_END[0],
         "te.multi_tensor_adam",
     ]
+
+
+def test_gradients_are_summed_during_the_backward_pass_and_weights_collected_after_the_update(traces):
+    """In buckets of 40 million parameters or more: gradients from the end of the model on, weights from its start."""
+    events = traces["stage 2"].events
+    d, f, c, v = 4096, 11008, 1024, 32000
+    of_mlp = [d + f * d, 2 * f * d]  # the norm behind, down; up and gate
+    attention, rest = (
+        d + 3 * d * d,
+        d * d + d + (d * d + d) + (c * d + d),
+    )  # a norm, out, keys; queries, norm, projector
+    parameters = [v * d, *of_mlp, attention, rest + f * d, 2 * f * d, attention, rest + v * d]
+    sums, gathers, updates = (
+        [at for at, event in enumerate(events) if event.name == name]
+        for name in ("reduce_scatter_tensor_coalesced", "allgather_into_tensor_coalesced", "te.multi_tensor_adam")
+    )
+    assert [events[at].num_bytes for at in sums] == [4 * number for number in parameters]
+    assert all(events[at].source.startswith("backward (") for at in sums)
+    for one, next_one in pairwise(sums):
+        assert any(event.name == "te.gemm" for event in events[one:next_one]), "nothing goes on beside it"
+    assert [events[at].num_bytes for at in gathers] == [2 * number for number in reversed(parameters)]
+    assert updates[-1] < gathers[0] and not any(event.kind == "kernel" for event in events[gathers[0] :])
 
 
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 ranks", "no images"])

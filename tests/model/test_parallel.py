@@ -31,7 +31,15 @@ def test_legal_splits(parallel):
 
 @pytest.mark.parametrize(
     ("parallel", "message"),
-    [({"sequence_parallel": True}, "needs parallel.tp > 1"), ({"chunks_per_rank": 2}, "needs parallel.pp > 1")],
+    [
+        ({"sequence_parallel": True}, "needs parallel.tp > 1"),
+        ({"chunks_per_rank": 2}, "needs parallel.pp > 1"),
+        ({"overlap_grad_reduce": False}, "overlap_param_gather=true needs the buckets of parallel.overlap_grad_reduce"),
+        (
+            {"overlap_grad_reduce": False, "overlap_param_gather": False, "bucket_parameters": 9},
+            "bucket_parameters needs the buckets",
+        ),
+    ],
 )
 def test_settings_without_their_use_are_refused(parallel, message):
     with pytest.raises(ValidationError, match=message):

@@ -66,6 +66,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             f"{TRAIN}::test_what_is_not_finite_stops_before_the_optimizer_steps[gradient norm]",
         ),
     ],
+    "pipeline/replicas.py": [
+        ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", "benchmarks/test_fake_gpu.py"),
+        ("in reversed(chunk.bucket_groups)", "in chunk.bucket_groups", "benchmarks/test_fake_gpu.py"),
+        ("else no_sync[0]", "else None", f"{SPLIT}[pretrain-DP2]"),
+    ],
     "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
     "pipeline/loop.py": [
         ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),
