@@ -140,6 +140,7 @@ def _answer_in_python() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.IntTensor = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")
+    cuda.default_generators = (torch.Generator(),) * NUM_DEVICES
     cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
     tensor: Any = torch.Tensor
     tensor.record_stream = lambda *_: None

@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -28,6 +29,8 @@ from model.pack import IGNORE_INDEX, Pack
 from model.parallel import split_layers
 from pipeline.config import RunConfig, load_config
 from pipeline.data.batches import GlobalBatch, MicroBatch
+from pipeline.data.batches import build_pack as pack_samples
+from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.optimizer import build_optimizer
@@ -50,7 +53,7 @@ def trace(case: Case, recorder: Recorder) -> Trace:
 
 def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
     """Returns the trace of a step, in a process that has joined its world."""
-    packs = [build_pack(load, config.model.vision.num_tokens) for _ in range(load.num_packs)]
+    packs = [build_pack(load, config.model.vision.num_tokens, config.row_multiple) for _ in range(load.num_packs)]
     for pack in packs:
         assert pack.segments.max_seqlen_q  # worked out here, where tensors have values
     recorder.num_true = packs[0].num_targets
@@ -128,25 +131,24 @@ def build_tower(config: RunConfig, device: torch.device) -> VisionTower:
         torch.set_default_dtype(before)
 
 
-def build_pack(load: Load, num_tokens: int) -> Pack:
-    """Returns a pack of equal samples; the images stand before the last three quarters of their text."""
-    before = load.num_text // 4
-    starts = [before + image * (num_tokens + 1) for image in range(load.num_images)]
-    taken = {start + token for start in starts for token in range(num_tokens)}
+def build_pack(load: Load, num_tokens: int, row_multiple: int) -> Pack:
+    """Returns a pack of equal samples, filled up as a run's are; images stand behind a quarter of a sample's text."""
+    before, num_targets = load.num_text // 4, int(load.num_text * load.target_fraction)
+    starts = before + np.arange(load.num_images) * (num_tokens + 1)
     length = load.num_text + load.num_images * num_tokens
-    positions = torch.tensor([position for position in range(length) if position not in taken], dtype=torch.long)
-    num_targets = int(load.num_text * load.target_fraction)
-    targets = torch.full([load.num_text], IGNORE_INDEX)
+    targets = np.full(load.num_text, IGNORE_INDEX)
     targets[load.num_text - num_targets :] = 0
-    pack = Pack(
-        token_ids_T=torch.zeros(load.num_samples * load.num_text, dtype=torch.long),
-        positions_T=positions.repeat(load.num_samples),
-        targets_T=targets.repeat(load.num_samples),
-        image_positions=torch.tensor(starts, dtype=torch.long).repeat(load.num_samples),
-        text_lengths=[load.num_text] * load.num_samples,
-        image_counts=[load.num_images] * load.num_samples,
-        num_tokens_per_image=num_tokens,
+    sample = Sample(
+        text_token_ids=np.zeros(load.num_text, dtype=np.int64),
+        text_positions=np.setdiff1d(np.arange(length), starts[:, None] + np.arange(num_tokens)),
+        targets=targets,
+        image_positions=starts,
+        image_indices=np.arange(load.num_images),
+        num_targets=num_targets,
+        num_dropped_targets=0,
+        num_truncated_tokens=0,
     )
+    pack = pack_samples([sample] * load.num_samples, num_tokens, row_multiple)
     assert pack.num_targets == load.num_samples * num_targets
     return pack
 

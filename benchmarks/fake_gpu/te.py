@@ -19,7 +19,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from benchmarks.fake_gpu import te_fp8
 from benchmarks.fake_gpu.recorder import Recorder
+from benchmarks.fake_gpu.te_fp8 import engine
 
 FOLDER = Path(sys.prefix) / "transformer-engine"
 COMPILED = "transformer_engine_torch"
@@ -89,8 +91,8 @@ def install(recorder: Recorder) -> None:
     compiled.get_cublasLt_version = lambda: 130100
     compiled.get_num_cublas_streams = lambda: 4
     compiled.get_cudnn_version = lambda: 91900
-    for name, stand_in in (_matrix_products(recorder) | _elementwise(recorder) | _many_tensors(recorder)).items():
-        setattr(compiled, name, stand_in)
+    for stand_ins in (_matrix_products, te_fp8.quantization, _elementwise, _many_tensors):
+        vars(compiled).update(stand_ins(recorder))
     compiled.__all__ = [name for name in vars(compiled) if not name.startswith("__")]
     sys.modules |= {name: _Module(name) for name in NOT_INSTALLED} | {COMPILED: compiled}
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for its libraries
@@ -106,6 +108,13 @@ def install(recorder: Recorder) -> None:
         del os.environ["NVTE_PROJECT_BUILDING"]
 
 
+def forget() -> None:
+    """Empties what Transformer Engine keeps for its whole process, so that another world starts as a first one does."""
+    engine("quantization").FP8GlobalStateManager.reset()  # groups of processes
+    engine("module.base")._dummy_wgrads.clear()  # what autograd is given for gradients that are added up already
+    engine("cpp_extensions.gemm").get_cublas_workspace.cache_clear()
+
+
 class _TritonKernel:
     """A kernel that Triton would compile: `kernel[grid](...)` leaves an event."""
 
@@ -116,11 +125,6 @@ class _TritonKernel:
         return lambda *args, **kwargs: self.recorder.add(
             "kernel", f"te.{self.name}", [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         )
-
-
-def forget() -> None:
-    """Lets go of the tensors that Transformer Engine keeps for as long as a process lives."""
-    importlib.import_module("transformer_engine.pytorch.module.base")._dummy_wgrads.clear()
 
 
 def _replace_triton(recorder: Recorder) -> None:
@@ -155,17 +159,24 @@ def _matrix_products(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         assert num_inner == num_inner_a, (a_size, transpose_a, b_size, transpose_b)
         assert a.device == b.device and a.device.type == "cuda", (a.device, b.device)
         shape = (num_rows, num_columns) if transpose_b else (*b_size[:-1], num_columns)
+        a_values, b_values = te_fp8.operand(a, not transpose_a), te_fp8.operand(b, transpose_b)
+        te_fp8.check_sizes(num_rows, num_columns, num_inner, a_values, b_values)
         if out is None:
-            out = torch.empty(shape, dtype=a.dtype, device=a.device)
+            out = torch.empty(shape, dtype=_torch_dtype(out_dtype, a), device=a.device)
         assert out.numel() == num_rows * num_columns, (out.shape, shape)
         bias_grad = None
         if grad and bias is not None:
+            assert b_values is b, "an 8-bit product gives no bias gradient"
             bias_grad = torch.empty(b_size[-1], dtype=bias.dtype, device=b.device)
-        inputs = [x for x in (a, b, bias) if isinstance(x, Tensor)]
+        inputs = [x for x in (a_values, b_values, bias) if x is not None]
         recorder.add("kernel", "te.gemm", inputs, [out], flops=2 * num_rows * num_columns * num_inner)
         return out, bias_grad, None, None
 
     return {"generic_gemm": generic_gemm}
+
+
+def _torch_dtype(out_dtype: Any, a: Any) -> torch.dtype:
+    return a.dtype if out_dtype is None else engine("constants").TE_DType_To_Torch[out_dtype]
 
 
 def _elementwise(recorder: Recorder) -> dict[str, Callable[..., Any]]:

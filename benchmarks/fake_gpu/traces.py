@@ -3,8 +3,9 @@
 Nothing here imports torch: a process must have its fake GPU before anything asks torch for one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,14 +88,25 @@ class Trace:
     peak_at: str
 
 
+@contextmanager
+def tracing() -> Iterator[Callable[[Case], Trace]]:
+    """Gives the function that traces a case in a new process, the same one for all cases.
+
+    The function raises:
+        ValueError: This machine cannot have a fake GPU.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield lambda case: pool.submit(_trace, case).result()
+
+
 def trace_all(cases: Sequence[Case]) -> list[Trace]:
     """Returns the traces of cases, in order, made one after the other in a new process.
 
     Raises:
         ValueError: This machine cannot have a fake GPU.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return list(pool.map(_trace, cases))
+    with tracing() as trace:
+        return [trace(case) for case in cases]
 
 
 _process: list[Any] = []  # of a process with a fake GPU: its recorder, where Transformer Engine's stand-ins report

@@ -1,0 +1,32 @@
+"""Traces of steps on a fake GPU, each made when a test first asks for it, in one process for all tests."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+
+from benchmarks.fake_gpu.traces import Case, Trace, tracing
+
+
+class Traces(dict[str, Trace]):
+    """The traces of named cases."""
+
+    def __init__(self, cases: dict[str, Case], trace: Callable[[Case], Trace]) -> None:
+        super().__init__()
+        self._cases, self._trace = cases, trace
+
+    def __missing__(self, name: str) -> Trace:
+        self[name] = found = self._trace(self._cases[name])
+        return found
+
+
+@pytest.fixture(scope="session")
+def tracer() -> Iterator[Callable[[Case], Trace]]:
+    with tracing() as trace:
+        yield cache(trace)
+
+
+@pytest.fixture(scope="module")
+def traces(request: pytest.FixtureRequest, tracer: Callable[[Case], Trace]) -> Traces:
+    """The traces of a module's `CASES`."""
+    return Traces(request.module.CASES, tracer)
