@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from benchmarks.fake_gpu import te
+from benchmarks.fake_gpu import attention, te
 from benchmarks.fake_gpu.recorder import Recorder
 from benchmarks.fake_gpu.runtime import FakeTensors
 from benchmarks.fake_gpu.traces import Case, Load, Trace
@@ -55,7 +55,7 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
     """Returns the trace of a step, in a process that has joined its world."""
     packs = [build_pack(load, config.model.vision.num_tokens, config.row_multiple) for _ in range(load.num_packs)]
     for pack in packs:
-        assert pack.segments.max_seqlen_q  # worked out here, where tensors have values
+        attention.install(recorder, pack)
     recorder.num_true = packs[0].num_targets
     with FakeTensors(allow_non_fake_inputs=True), recorder:
         state = build_state(config, load)
