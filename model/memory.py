@@ -135,11 +135,16 @@ def resident_bytes(model: ModelConfig, phase: Phase, compute: ComputeConfig, mom
 
     Weights; gradients of what is trained, in fp32; a share of its fp32 weights and two moments. Where weight gradients
     are added within the products, Transformer Engine keeps a tensor of each weight's shape to give autograd instead.
+    Under FP8 it keeps each weight in 8 bits besides, by row and by column.
     Source: ZeRO (arXiv 1910.02054), section 3.1, with what megatron-core's distributed optimizer divides.
     """
     counts = parameter_counts(model, phase)
     divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
     trained = counts.num_trained * (GRADIENT_BYTES + divided / num_replicas)
+    copies = 0.0
+    if compute.precision == "fp8":
+        in_8_bits = 1 - min(2 * compute.bf16_edge_layers / model.num_layers, 1)
+        copies = 2 * in_8_bits * (counts.layers + counts.projectors)
     stand_ins = 0
     if compute.gradient_accumulation_fusion and phase == "finetune":
         d, f, c = model.hidden_size, model.ffn_hidden_size, model.vision.hidden_size
@@ -147,4 +152,4 @@ def resident_bytes(model: ModelConfig, phase: Phase, compute: ComputeConfig, mom
         shapes = {(2 * f, d), (d, f), (queries, d), (2 * keys, d), (d, queries), (d, c)}
         shapes |= {(d, d)} if model.projector == "mlp" else set()
         stand_ins = sum(rows * columns for rows, columns in shapes) * ELEMENT_BYTES
-    return int(counts.total * ELEMENT_BYTES + trained) + stand_ins + WORKSPACE_BYTES
+    return int(counts.total * ELEMENT_BYTES + trained + copies) + stand_ins + WORKSPACE_BYTES

@@ -9,6 +9,8 @@ import yaml
 from benchmarks.fake_gpu.traces import Case, Load, Trace
 from model.config import ModelConfig
 from model.flops import matrix_products
+from model.memory import resident_bytes
+from pipeline.config import load_config
 from tests.benchmarks.traced import CONFIGS, STAGE1, STAGE2, shared_collectives
 
 FP8 = ("model.num_layers=2", "model.vision.num_layers=3", "compute.precision=fp8")
@@ -132,3 +134,11 @@ def test_the_host_waits_once_a_step(traces, name):
     assert [(what, where.partition(":")[0]) for what, where in waits] == [
         ("device to host, pageable", "model/transfer.py")
     ]
+
+
+@named("delayed", "blockwise", "recomputed", "edges", "stage 1")
+def test_weights_are_held_in_8_bits_twice_besides(traces, name):
+    config = load_config(CASES[name].config, [*CASES[name].overrides])
+    expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas=8)
+    expected += 2 * 3 * 12 * 1024**2  # the encoder
+    assert traces[name].resident_bytes == pytest.approx(expected, rel=0.01)
