@@ -4,10 +4,12 @@
 
 Nothing is measured. A kernel takes as long as its slower half: its FLOPs at the rate that large matrix products (or
 attention) are known to reach, or its bytes at the bandwidth of the memory, and never less than a launch. Two and three
-layers are traced; what the third adds is taken for each of the model's. All collectives count as waited for. FLOPs of
+layers are traced; what the third adds is taken for each of the model's. Sums of gradients run beside the backward pass
+and collected weights beside the forward pass, at full speed both; all other collectives count as waited for. FLOPs of
 the model are those of `model.flops`: products counted once, attention as full rectangles, nothing that is recomputed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -69,14 +71,48 @@ def seconds_of(event: Event, chip: Chip) -> float:
     return 0.0
 
 
+def seconds_of_all(events: Sequence[Event], chip: Chip) -> list[float]:
+    """Returns what each event adds to a step.
+
+    Buckets of gradients are summed beside the backward pass, one after another from when each is asked for; what is
+    left at its end is waited for, and counts for the last. Weights asked for at the end of a step are collected beside
+    the forward pass of the next; what takes longer counts for the first.
+    """
+    seconds = [seconds_of(event, chip) for event in events]
+    backward = [at for at, event in enumerate(events) if event.source.startswith("backward")]
+    sums = [at for at in backward if events[at].name == "reduce_scatter_tensor_coalesced"]
+    if sums:
+        now = link_is_free = 0.0
+        for at in range(backward[-1] + 1):
+            if at in sums:
+                link_is_free = max(link_is_free, now) + seconds[at]
+                seconds[at] = 0.0
+            else:
+                now += seconds[at]
+        seconds[sums[-1]] = max(0.0, link_is_free - now)
+    gathers = [at for at, event in enumerate(events) if is_gather_beside(event)]
+    if gathers:
+        total = sum(seconds[at] for at in gathers)
+        for at in gathers:
+            seconds[at] = 0.0
+        seconds[gathers[0]] = max(0.0, total - sum(seconds[: backward[0]]))
+    return seconds
+
+
+def is_gather_beside(event: Event) -> bool:
+    """Whether weights are collected beside the next step; the optimizer itself asks for them where they are not."""
+    return event.name == "allgather_into_tensor_coalesced" and event.source.startswith("pipeline/replicas.py")
+
+
 def collective_seconds(event: Event, chip: Chip) -> float:
     """Returns the time of a ring over the processes of a group; an all-reduce goes round twice."""
     size = len(event.ranks)
     if size < 2:
         return 0.0
-    across = max(event.ranks) // GPUS_OF_A_NODE != min(event.ranks) // GPUS_OF_A_NODE
+    num_nodes = len({rank // GPUS_OF_A_NODE for rank in event.ranks})
     rounds = 2 if event.name == "allreduce" else 1
-    bandwidth = chip.network_bytes if across else chip.node_bytes
+    # Across nodes a ring goes through the network adapters of all its processes of a node at once.
+    bandwidth = chip.node_bytes if num_nodes == 1 else min(chip.node_bytes, size / num_nodes * chip.network_bytes)
     return chip.launch_seconds + rounds * (size - 1) / size * event.num_bytes / bandwidth
 
 
@@ -108,10 +144,10 @@ class Cost(NamedTuple):
 def costs(trace: Trace, chip: Chip) -> dict[Key, Cost]:
     """Returns what each operation at each line costs in a step."""
     found: dict[Key, Cost] = {}
-    for event in trace.events:
+    for event, added in zip(trace.events, seconds_of_all(trace.events, chip), strict=True):
         key = (kind_of(event), event.name, event.source)
         seconds, number = found.get(key, Cost(0, 0))
-        found[key] = Cost(seconds + seconds_of(event, chip), number + 1)
+        found[key] = Cost(seconds + added, number + 1)
     return found
 
 

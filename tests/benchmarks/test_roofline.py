@@ -1,0 +1,56 @@
+"""What runs beside what in a step on paper, against times added up by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.fake_gpu.traces import Event
+from benchmarks.roofline import Chip, collective_seconds, seconds_of_all
+
+# A kernel takes a second for each byte, a collective of two processes half a second for each.
+CHIP = Chip(1.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, 0.0)
+BACKWARD = "backward (megatron/core/distributed/param_and_grad_buffer.py:702)"
+
+
+def kernel(num_bytes: int, source: str) -> Event:
+    return Event("kernel", "add", (), (), num_bytes, 0, source, "")
+
+
+def collective(name: str, num_bytes: int, source: str) -> Event:
+    return Event("collective", name, (), (), num_bytes, 0, source, "", (0, 1))
+
+
+def test_sums_run_beside_the_backward_pass_and_gathers_beside_the_forward_pass():
+    events = [
+        kernel(5, "model/saisa.py:1"),
+        kernel(2, BACKWARD),
+        collective("reduce_scatter_tensor_coalesced", 8, BACKWARD),  # from 7 to 11
+        kernel(3, BACKWARD),
+        collective("reduce_scatter_tensor_coalesced", 10, BACKWARD),  # asked for at 10, from 11 to 16
+        collective("reduce_scatter_base", 4, BACKWARD),  # of sequence parallelism: waited for, from 10 to 12
+        kernel(1, BACKWARD),  # to 13, and 3 are left
+        kernel(6, "pipeline/optimizer.py:1"),
+        collective("allgather_into_tensor_coalesced", 8, "pipeline/replicas.py:1"),
+        collective("allgather_into_tensor_coalesced", 6, "pipeline/replicas.py:1"),  # 7 in all, beside 5 of the forward
+    ]
+    assert seconds_of_all(events, CHIP) == [5, 2, 0, 3, 3, 2, 1, 6, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["reduce_scatter_tensor_coalesced", "allgather_into_tensor_coalesced"])
+def test_what_is_asked_for_without_overlap_is_waited_for(name):
+    events = [kernel(9, "model/saisa.py:1"), kernel(9, BACKWARD), collective(name, 4, "pipeline/optimizer.py:1")]
+    assert seconds_of_all(events, CHIP) == [9, 9, 2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (range(8), 7 / 8 * 720 / 360),
+        (range(64), 63 / 64 * 720 / 320),  # eight adapters of a node
+        (range(0, 64, 4), 15 / 16 * 720 / 80),
+        (range(0, 64, 8), 7 / 8 * 720 / 40),
+    ],
+)
+def test_a_ring_across_nodes_uses_all_adapters_of_its_processes(ranks, expected):
+    chip = replace(CHIP, node_bytes=360, network_bytes=40)
+    assert collective_seconds(Event("collective", "x", (), (), 720, 0, "", "", tuple(ranks)), chip) == expected
