@@ -14,13 +14,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from upath import UPath
-from upath.implementations.cloud import AzurePath, GCSPath, S3Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from common.paths import check_regular
 from common.write_errors import NO_ROOM, os_error_in
+
+if TYPE_CHECKING:  # whoever has local files alone needs no package for stores
+    from upath import UPath
 
 type Location = Path | UPath
 """A local path, or one in a store; both have the methods of `pathlib.Path`."""
@@ -36,6 +36,8 @@ def open_location(location: str | Path) -> Location:
     """
     if "://" not in (local := str(location).removeprefix("file://")):
         return Path(local).absolute()
+    from upath.implementations.cloud import AzurePath, GCSPath, S3Path
+
     try:
         probe = _open_url(str(location), FIRST_ATTEMPTS)
         if isinstance(probe, Path):
@@ -51,8 +53,10 @@ def open_location(location: str | Path) -> Location:
         raise ValueError(f"{location} cannot be reached: {_problem(error)}") from None
 
 
-def _open_url(url: str, attempts: int = ATTEMPTS) -> UPath:
+def _open_url(url: str, attempts: int = ATTEMPTS) -> "UPath":
     """Other machines write to the same location, so what was listed once is not kept."""
+    from upath import UPath
+
     options: dict[str, Any] = {}
     if url.startswith(("s3://", "s3a://", "gs://", "gcs://")):
         options["use_listings_cache"] = False

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
-
-import ray
-from ray.exceptions import RayError, RayTaskError
+from typing import TYPE_CHECKING, Any
 
 from common.console import UsageError
+
+if TYPE_CHECKING:  # imported where it is used: what only wants to know how shards are written does without
+    import ray
 
 MAX_RETRIES = 5  # of a task whose worker, machine or file system failed
 OBJECT_STORE_BYTES_PER_WORKER = 32 << 20  # rows travel through it; images do not
@@ -36,6 +36,8 @@ def ray_session(address: str | None, workers: int | None) -> Iterator[int]:
     Raises:
         ValueError: There is no cluster at `address`, or Ray does not start here.
     """
+    import ray
+
     started = not ray.is_initialized()
     if started and address:
         _connect(address)
@@ -64,6 +66,8 @@ def check_temporary_folder(environment: Mapping[str, str]) -> None:
 
 
 def _start(workers: int) -> None:
+    import ray
+
     check_temporary_folder(os.environ)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -83,6 +87,9 @@ def _start(workers: int) -> None:
 
 def _connect(address: str) -> None:
     """Joins a cluster, taking the packages of sharding along, so that its machines need only the dependencies."""
+    import ray
+    from ray.exceptions import RayError
+
     here = Path(__file__).resolve().parent
     packages = [str(here), str(here.with_name("common"))]
     environment = {"py_modules": packages, "excludes": ["__pycache__"]}
@@ -105,6 +112,8 @@ def run_tasks[Task, Result](
     Raises:
         ValueError, OSError: As the function raised it, or its worker died again and again.
     """
+    import ray
+
     options: Any = {"max_retries": MAX_RETRIES, "retry_exceptions": [OSError]}
     remote = ray.remote(**options)(function)
     tasks, ready, pending = iter(tasks), [], {}
@@ -123,6 +132,9 @@ def run_tasks[Task, Result](
 
 
 def _result[Result](reference: "ray.ObjectRef[Result]", task: str) -> Result:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
     try:
         return ray.get(reference)
     except RayTaskError as error:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from traceback import clear_frames
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -34,8 +34,10 @@ from pipeline.data.samples import Sample, build_sample
 from pipeline.data.schedule import BatchCounts, Schedule
 from pipeline.data.templates import Tokenizer
 from pipeline.distributed import init_worker_signals, worker_context
-from pipeline.shards.shard_set import ShardSet
 from pipeline.start import load_image_processor
+
+if TYPE_CHECKING:  # the readers of shards, and streaming with them, are for whoever opens some
+    from pipeline.shards.shard_set import ShardSet
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,14 @@ class GlobalBatch:
 class Mixture:
     """The samples of several shard sets, numbered through."""
 
-    def __init__(self, sets: Sequence[ShardSet]) -> None:
+    def __init__(self, sets: "Sequence[ShardSet]") -> None:
         self.sets = list(sets)
         self._ends = list(accumulate(len(shards) for shards in sets))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def locate(self, number: int) -> tuple[ShardSet, int]:
+    def locate(self, number: int) -> "tuple[ShardSet, int]":
         """Returns the shard set of a sample and its number there."""
         part = bisect_right(self._ends, number)
         return self.sets[part], number - (self._ends[part] - len(self.sets[part]))
@@ -248,12 +250,14 @@ class BatchSource(Dataset[GlobalBatch]):
             return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
-def open_shards(config: RunConfig) -> list[ShardSet]:
+def open_shards(config: RunConfig) -> "list[ShardSet]":
     """Returns the shard sets of a run.
 
     Raises:
         ValueError: One is not there, unfinished or damaged.
     """
+    from pipeline.shards.shard_set import ShardSet
+
     data = config.data
     sets = [ShardSet(source.location, data.cache, data.cache_limit) for source in data.shards]
     largest = max(
@@ -268,7 +272,7 @@ def open_shards(config: RunConfig) -> list[ShardSet]:
     return sets
 
 
-def load_table(config: RunConfig, sets: Sequence[ShardSet], console: Console) -> LengthTable:
+def load_table(config: RunConfig, sets: "Sequence[ShardSet]", console: Console) -> LengthTable:
     """Returns the lengths of all samples of a run, computing what no earlier run has left in the cache."""
     data = config.data
     v = config.model.vision.num_tokens
@@ -277,7 +281,7 @@ def load_table(config: RunConfig, sets: Sequence[ShardSet], console: Console) ->
 
 
 def build_source(
-    config: RunConfig, sets: Sequence[ShardSet], table: LengthTable, coordinates: RankCoordinates
+    config: RunConfig, sets: "Sequence[ShardSet]", table: LengthTable, coordinates: RankCoordinates
 ) -> BatchSource:
     """Returns the batches of a run as one process sees them."""
     sources = [Source(tuple(s.shard_sizes), part.repeat) for s, part in zip(sets, config.data.shards, strict=True)]

@@ -19,7 +19,6 @@ import torch
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.images import load_image
 from model.hf.image_processing_saisa import MAX_INTERMEDIATE_PIXELS, SaisaImageProcessor
@@ -81,6 +80,8 @@ def _decode_jpeg(data: bytes) -> Tensor | None:
     Then Pillow judges it, which knows the same kinds of damage. The header has told of cut files already because
     torchvision 0.26 loses the memory of a picture on which it fails (pytorch/vision issue 9383).
     """
+    from torchvision.io import ImageReadMode, decode_jpeg  # which only who reads images needs
+
     writable = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of bytes, which are not
     try:
         return cast(Tensor, decode_jpeg(writable, mode=ImageReadMode.RGB)).permute(1, 2, 0)

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
 import numpy as np
@@ -28,7 +29,9 @@ from pipeline.data.samples import Sample, build_sample
 from pipeline.data.templates import ConversationError, SpecialTokens, Tokenizer
 from pipeline.distributed import init_worker_signals, worker_context
 from pipeline.fingerprints import tokenizer_fingerprint
-from pipeline.shards.shard_set import ShardSet
+
+if TYPE_CHECKING:  # the readers of shards, and streaming with them, are for whoever opens some
+    from pipeline.shards.shard_set import ShardSet
 
 COLUMNS = ("num_text", "num_images", "num_targets", "num_dropped_targets", "num_truncated_tokens")
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -91,7 +94,7 @@ def join(tables: Sequence[LengthTable]) -> LengthTable:
     return LengthTable(np.concatenate([table.values for table in tables]), problems)
 
 
-def length_table(shards: ShardSet, encoding: Encoding, cache: Path, console: Console) -> LengthTable:
+def length_table(shards: "ShardSet", encoding: Encoding, cache: Path, console: Console) -> LengthTable:
     """Returns the length table of a shard set, from the cache or computed and put there, showing progress."""
     name = hashlib.sha256(f"{shards.fingerprint} {encoding.fingerprint()}".encode()).hexdigest()[:24]
     file = cache / f"lengths-{name}.npz"
@@ -110,7 +113,7 @@ def length_table(shards: ShardSet, encoding: Encoding, cache: Path, console: Con
     return table
 
 
-def _measure_all(shards: ShardSet, encoding: Encoding) -> Iterator[LengthTable]:
+def _measure_all(shards: "ShardSet", encoding: Encoding) -> Iterator[LengthTable]:
     """Yields the table of each shard in turn."""
     jobs = [(shards, encoding, shard) for shard in range(len(shards.shard_sizes))]
     num_processes = min(len(os.sched_getaffinity(0)), len(jobs), len(shards) // SAMPLES_PER_PROCESS)
@@ -121,7 +124,7 @@ def _measure_all(shards: ShardSet, encoding: Encoding) -> Iterator[LengthTable]:
         yield from pool.map(measure_shard, jobs)
 
 
-def measure_shard(job: tuple[ShardSet, Encoding, int]) -> LengthTable:
+def measure_shard(job: "tuple[ShardSet, Encoding, int]") -> LengthTable:
     """Returns the table of one shard."""
     shards, encoding, shard = job
     return measure(shards.records(shard), encoding, load_tokenizer(encoding.tokenizer))

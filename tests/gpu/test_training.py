@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+for name in ("pyarrow", "streaming", "tensorboard", "torchvision", "upath"):
+    pytest.importorskip(name, reason=f"whole runs write and read shards, which needs {name}")
+
 from data_prep.shapes import write_dataset
 from pipeline.checkpoint.run_info import latest_checkpoint
 from pipeline.config import load_config

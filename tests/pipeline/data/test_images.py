@@ -193,7 +193,7 @@ def test_what_torchvision_refuses_is_for_pillow_to_judge(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("some day")
 
-    monkeypatch.setattr(images, "decode_jpeg", refuse)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
     good = encoded(noise(90, 70))
     assert torch.equal(decode_image(good, SQUARE, exact=False), exact_pixels(good, SQUARE))
 
