@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-gpu trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-lmms test-energon clean
+.PHONY: help setup demo test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-transformers5 test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -13,6 +13,7 @@ ifeq ($(wildcard /dev/nvidiactl /dev/dxg),)
 export CUDA_HOME :=
 export CUDA_PATH :=
 endif
+TRANSFORMERS5 := tests/model tests/pipeline/test_step.py tests/pipeline/test_against_torch.py
 UV_VERSION := 0.13.8
 
 # $(call need,A B): stops with one line if a variable that the target needs is not given.
@@ -54,6 +55,9 @@ trace: setup ## CONFIG=x.yaml [ARGS="--world 64 --samples 8"]: what a step asks 
 roofline: setup ## CONFIG=x.yaml [ARGS="--world 8 --packs 2"]: the time of such a step on paper, line by line, and its MFU
 	$(call need,CONFIG)
 	@$(PYTHON) -m benchmarks.roofline --config $(CONFIG) $(ARGS)
+
+gpu-report: setup ## [ARGS="--dry-run --out folder"]: what one GPU does with all this, in nine minutes: docs/gpu-report.md and .json
+	$(PYTHON) -m benchmarks.gpu_report $(ARGS)
 
 mutants: setup ## [ARGS="--only pipeline/step"]: plants one-line mistakes in a copy of the code; each must fail a test (20 minutes)
 	$(PYTHON) -m tests.mutants $(ARGS)
@@ -151,6 +155,15 @@ test-hf: setup ## exported folders load, answer and save on transformers 4.57 an
 	    -p no:cacheprovider -c /dev/null --rootdir=. check_*.py) || exit 1; \
 	done
 
+test-transformers5: setup ## the model, the step and the GPU report on transformers 5 and numpy 2.5, and with few other packages
+	@test -x .envs/transformers5/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/transformers5
+	@$(PYTHON) -m uv pip install -q --python .envs/transformers5 -r tests/transformers5/requirements.txt
+	@# What it lacks it finds in .venv, behind its own packages: torch is there once.
+	@echo $(CURDIR)/.venv/lib/python3.12/site-packages > .envs/transformers5/lib/python3.12/site-packages/venv.pth
+	.envs/transformers5/bin/python -m pytest $(TRANSFORMERS5) $(ARGS)
+	SAISA_TEST_GPU=1 .envs/transformers5/bin/python -m pytest -o addopts="-q --import-mode=importlib" -p tests.gpu.few_packages \
+	  tests/gpu --collect-only -q
+
 test-lmms: setup ## lmms-eval, unmodified, scores an exported folder on a local task, in an environment of its own
 	@test -x .envs/lmms/bin/python || $(PYTHON) -m uv venv -q --python $(PYTHON) .envs/lmms
 	@$(PYTHON) -m uv pip install -q --python .envs/lmms -r tests/lmms_compat/requirements.txt
@@ -171,5 +184,5 @@ test-energon: setup ## megatron-energon prepares and reads the shards, in an env
 	$(PYTHON) -m tests.energon_compat.make_shards .envs/energon_compat
 	.envs/energon/bin/python tests/energon_compat/read_shards.py .envs/energon_compat/shards
 
-clean: ## remove caches and the environments of test-hf, test-lmms and test-energon; runs and .venv stay
+clean: ## remove caches and the environments of test-hf, test-transformers5, test-lmms and test-energon; runs and .venv stay
 	rm -rf .pytest_cache .ruff_cache .envs

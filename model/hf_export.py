@@ -32,6 +32,7 @@ def load_processor(folder: Path, **options: Any) -> SaisaProcessor:
     check_tokenizer(folder)
     if (file := folder / "processor_config.json").is_file() and "audio_tokenizer" in read_json_object(file, WAY_OUT):
         raise ValueError(f"{file}: audio_tokenizer names another folder; remove it from there")
+    load_config(folder)  # refuses what transformers 5 would take for the tokenizer's sake
     with named(folder):
         return SaisaProcessor.from_pretrained(folder, **DATA_ONLY, **options)
 

@@ -147,7 +147,8 @@ def add_image_token(tokenizer: Any, vocab_size: int) -> int:
             f"the tokenizer knows {count_text(known, 'token')} but the language model embeds only {vocab_size}; "
             "use the tokenizer that the language model was trained with"
         )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_additional_special_tokens=False)
+    replace_others = False  # by position: transformers 4 and 5 have other names for it
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_others)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
@@ -229,8 +230,10 @@ def _write_config(part: Path, config: SaisaConfig, tokenizer: Any, stop_token: s
 
 def _write_processor(part: Path, processor: SaisaProcessor) -> None:
     processor.save_pretrained(part)
+    processor.image_processor.save_pretrained(part)  # transformers 5 would have it inside the processor's file alone
     for file in ("processor_config.json", "preprocessor_config.json"):
         stored = json.loads((part / file).read_text())
+        stored.pop("image_processor", None)
         stored["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
         _write_json(part / file, stored)
     # `generate` goes on from the last position, so a pipeline or the tokenizer alone must fill up on the left.

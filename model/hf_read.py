@@ -107,6 +107,8 @@ def check_files(folder: Path) -> None:
         check_regular(file)
         if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{file} has more than {MAX_JSON_BYTES:,} bytes, as no such file needs; {WAY_OUT}")
+        if file.name == "tokenizer.model" and not file.stat().st_size:  # transformers 5 makes an empty vocabulary of it
+            raise ValueError(f"{file} is empty; {WAY_OUT}")
 
 
 def check_model(config: SaisaConfig) -> None:

@@ -59,14 +59,17 @@ def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> 
         )
     if raw.get("quantization_config"):
         raise ValueError(f"{folder}: the checkpoint is quantised; use the original weights")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 or 4
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"{folder}: rope scaling {kind!r} is not supported; use a model without it")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # of transformers 4, of 5
+        rope = raw.get(name) or rope
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"{folder}: rope scaling {kind!r} is not supported; use a model without it")
     check_sizes(folder, raw)
     llm = LLMS[raw["model_type"]].from_dict(raw)
     for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if getattr(llm, name, only) != only:
             raise ValueError(f"{folder}: {name}={getattr(llm, name)!r} is not supported, only {only!r}")
+    theta = llm.rope_theta if hasattr(llm, "rope_theta") else llm.rope_parameters["rope_theta"]  # transformers 4 or 5
     positions = max_positions or llm.max_position_embeddings
     if positions > llm.max_position_embeddings:
         raise ValueError(f"{folder}: max_positions={positions} is beyond the model's {llm.max_position_embeddings}")
@@ -86,7 +89,7 @@ def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> 
         "head_dim": getattr(llm, "head_dim", None),
         "max_position_embeddings": positions,
         "rms_norm_eps": llm.rms_norm_eps,
-        "rope_theta": float(rope.get("rope_theta", llm.rope_theta)),
+        "rope_theta": float(rope.get("rope_theta", theta)),
         "attention_bias": raw["model_type"] == "qwen2",
         "tie_word_embeddings": llm.tie_word_embeddings,
         "bos_token_id": llm.bos_token_id,

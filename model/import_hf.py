@@ -28,6 +28,7 @@ from model.hf_source import (
 
 RELEASES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 # Tables that older versions of transformers stored beside the weights and newer ones compute.
+PARTS_OF_ENCODER = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "head.")
 COMPUTED = re.compile(r"\.(inv_freq|position_ids)$")
 
 
@@ -138,7 +139,12 @@ def _build_config(
 
 
 def _vision_tensors(folder: Path) -> Iterator[Named]:
-    """Yields the encoder's tensors under our names; a text tower beside it is left behind."""
+    """Yields the encoder's tensors under our names; a text tower beside it is left behind.
+
+    An encoder that transformers 5 has saved alone has no prefix.
+    """
     for name, tensor in read_checkpoint(folder):
+        if name.startswith(PARTS_OF_ENCODER):
+            name = f"vision_model.{name}"
         if name.startswith("vision_model.") and not COMPUTED.search(name):
             yield f"model.vision_tower.{name}", tensor

@@ -190,7 +190,8 @@ def init_informative(tower: CLIPVisionModel) -> None:
     branches of a layer add at most about half of that: they blend in the rest of the picture and bend the features
     without covering them.
     """
-    embeddings = tower.vision_model.embeddings
+    vision: Any = getattr(tower, "vision_model", tower)  # transformers 4 or 5
+    embeddings = vision.embeddings
     patch = embeddings.patch_embedding.weight
     values_per_channel = patch[0, 0].numel()
     flat = torch.empty(patch.shape[0], patch[0].numel())
@@ -198,7 +199,7 @@ def init_informative(tower: CLIPVisionModel) -> None:
     patch.copy_(flat.view_as(patch) * (flat.shape[1] / values_per_channel) ** 0.5)
     nn.init.normal_(embeddings.position_embedding.weight, std=1.0)
     nn.init.normal_(embeddings.class_embedding, std=1.0)
-    for name, weight in tower.vision_model.encoder.named_parameters():
+    for name, weight in vision.encoder.named_parameters():
         if weight.ndim == 2:
             branch_end = name.endswith(("out_proj.weight", "fc2.weight"))
             nn.init.normal_(weight, std=(0.5 if branch_end else 1.0) * weight.shape[1] ** -0.5)

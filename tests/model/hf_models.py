@@ -12,6 +12,7 @@ from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.vision_saisa import stored_name
 from tests.hf_compat.tiny import SIZES, VISION, VOCAB, randomise
 from tests.model.reference import reference_logits
+from tests.transformers_versions import encoder_inside
 
 IMAGE = VOCAB  # the id that stands for one visual token: in an export, the row after those of the language model
 V = 4  # visual tokens of an image
@@ -70,7 +71,10 @@ def reference(
     kind = CLIPVisionModel if config.vision_config.model_type == "clip_vision_model" else SiglipVisionModel
     encoder = kind(config.vision_config).eval()
     stored = {stored_name(name): tensor for name, tensor in model.state_dict().items()}
-    encoder.load_state_dict({n.removeprefix(tower): t for n, t in stored.items() if n.startswith(tower)})
+    prefix = tower + "vision_model."
+    encoder_inside(encoder).load_state_dict(
+        {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+    )
     features = torch.zeros(0, VISION["hidden_size"], dtype=torch.float64)
     if images is not None:
         with torch.no_grad():

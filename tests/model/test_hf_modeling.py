@@ -20,6 +20,7 @@ from tests.model.hf_models import (
     pixels,
     reference,
 )
+from tests.transformers_versions import encoder_inside
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clip": {},
@@ -134,9 +135,9 @@ def test_weights_are_named_as_in_the_release() -> None:
     for name in ("mm_projector.0.bias", "mm_projector.2.weight", "self_attn.v_proj.bias", "mlp.gate_proj.weight"):
         assert layer + name in names
     assert layer + "self_attn.o_proj.bias" not in names
-    assert {name.removeprefix("model.vision_tower.") for name in names if "vision_tower" in name} == set(
-        CLIPVisionModel(build().config.vision_config).state_dict()
-    )
+    prefix = "model.vision_tower.vision_model."
+    encoder = encoder_inside(CLIPVisionModel(build().config.vision_config))
+    assert {name.removeprefix(prefix) for name in names if "vision_tower" in name} == set(encoder.state_dict())
     assert "model.layers.0.mm_projector.bias" in build(projector_type="linear").state_dict()
 
 

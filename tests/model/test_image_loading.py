@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 from model.hf.image_loading_saisa import list_images, load_image
 from model.hf.image_processing_saisa import SaisaImageProcessor
+from tests.transformers_versions import CLIPImageProcessor
 
 SIZES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)

@@ -24,6 +24,7 @@ from model.import_hf import compose_base, convert_release
 from pipeline.data.templates import encode_text
 from tests.hf_compat.make_folder import random_projectors
 from tests.hf_compat.tiny import save_llm, save_sentencepiece, save_vision
+from tests.transformers_versions import MAJOR, encoder_inside
 
 TEXT = "What is the colour of the square?"
 
@@ -81,9 +82,8 @@ def test_text_only_logits_are_the_language_models(source: Any, tmp_path: Path, k
     weights = stored(tmp_path / "base")
     assert set(weights) == set(weight_shapes(config, is_base=True))
     assert not any(PROJECTOR in name for name in weights)
-    for name, tensor in tower.state_dict().items():
-        if name.startswith("vision_model."):
-            assert torch.equal(weights[f"model.vision_tower.{name}"], tensor), name
+    for name, tensor in encoder_inside(tower).state_dict().items():
+        assert torch.equal(weights[f"model.vision_tower.vision_model.{name}"], tensor), name
 
 
 def test_shards_and_old_bin_files_read_the_same(source: Any, llm: Path, vision: Path, tmp_path: Path) -> None:
@@ -136,6 +136,8 @@ def test_settings_reach_the_folder(source: Any, tmp_path: Path) -> None:
 def test_image_token_is_never_a_row_of_the_vocabulary(source: Any, tmp_path: Path) -> None:
     for kind, expected in (("llama", 384), ("qwen2", 376)):  # 384 rows: all used by llama, 376 by qwen2
         config = compose_base(source(kind)[0], source("clip")[0], tmp_path / kind)
+        if MAJOR > 4:  # a class of its own for Qwen2 adds a token
+            expected = len(AutoTokenizer.from_pretrained(source(kind)[0]))
         assert config.image_token_id == expected
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
         assert tokenizer.convert_tokens_to_ids("<image>") == expected
@@ -214,7 +216,8 @@ def test_the_tokenizer_becomes_one_that_every_version_reads_alike(tmp_path: Path
     original = AutoTokenizer.from_pretrained(tmp_path / "source")
     load_tokenizer(tmp_path / "source").save_pretrained(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["tokenizer_class"] == (
-        "PreTrainedTokenizerFast"  # LlamaTokenizer would be built anew by transformers 5
+        # LlamaTokenizer would be built anew by transformers 5, which calls the plain class by another name
+        "PreTrainedTokenizerFast" if MAJOR == 4 else "TokenizersBackend"
     )
     copied = AutoTokenizer.from_pretrained(tmp_path / "copy")
     for text in (TEXT, "  two spaces", "", "\nline", "red</s>blue <s> x", "caf\u00e9 \U0001f642"):
@@ -379,6 +382,8 @@ SPECIAL = ["</s> a", " </s>a", "a </s>  b", "</s>", "  </s>", "<s>a", "a<unk> b"
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_sentencepiece_model_gives_the_slow_tokenizers_ids(realdata: Path, tmp_path: Path, legacy: bool) -> None:
     """As LLaVA uses it: every piece between images on its own. Sentencepiece itself knows no special tokens."""
+    if MAJOR > 4:
+        pytest.skip("needs transformers 4: later ones have no slow tokenizers")
     model = realdata / "tokenizers" / "mistral_v1" / "tokenizer.model"
     (tmp_path / "llm").mkdir()
     shutil.copy(model, tmp_path / "llm")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, GenerationConfig, LlavaProcessor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlavaProcessor
 
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
@@ -21,6 +21,7 @@ from model.import_hf import compose_base
 from pipeline.data.templates import TEMPLATES, chat_template
 from tests.hf_compat.make_folder import make_export, make_large_vocabulary, random_projectors
 from tests.hf_compat.tiny import save_llm, save_vision
+from tests.transformers_versions import CLIPImageProcessor
 
 TEXTS = ["USER: How many shapes are there? ASSISTANT:", "USER: Why?", "The"]
 QUESTION = {"type": "text", "text": "What is on the left?"}

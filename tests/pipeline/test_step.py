@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, CLIPVisionModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 from pipeline import loop
 from pipeline.checkpoint.run_info import find_checkpoint
@@ -22,6 +22,7 @@ from pipeline.metrics import read_metrics
 from pipeline.state import TrainState, build
 from pipeline.step import model_inputs, train_step
 from tests.processes import run_together
+from tests.transformers_versions import CLIPImageProcessor, encoder_inside
 
 
 def images_of_pack(state: TrainState, pack: list[int]) -> list[Path]:
@@ -76,7 +77,8 @@ def test_square_pixels_are_clips_own(world, photo_shards, tmp_path):
 def test_flops_are_the_models_and_the_encoders(world, stage2):
     """The encoder's as torch counts them, once for every image."""
     clip = CLIPVisionModel.from_pretrained(world.root / "clip")
-    clip.vision_model.encoder.layers = clip.vision_model.encoder.layers[:-1]  # hidden state -2 needs no more
+    encoder = encoder_inside(clip).encoder
+    encoder.layers = encoder.layers[:-1]  # hidden state -2 needs no more
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         clip(torch.zeros(1, 3, 64, 64))
     for step in read_metrics(stage2.run_dir):
