@@ -98,6 +98,9 @@ class TrainConfig(Section):
     max_steps: int | None = Field(default=None, gt=0, description="stop (and end the schedule) here, if sooner")
     seed: int = Field(default=0, ge=0)
     image_batch_size: int = Field(default=64, gt=0, description="images the frozen encoder takes at once")
+    gc_every_steps: int = Field(
+        default=50, gt=0, description="Python collects garbage then alone, on all processes at once: none waits for one"
+    )
 
 
 class CheckpointConfig(Section):
@@ -128,6 +131,19 @@ class LogConfig(Section):
     tensorboard: bool = True
     wandb_project: str | None = Field(default=None, description="Weights & Biases; the package must be installed")
     peak_tflops: float | None = Field(default=None, gt=0, description="of the chip in bf16, for MFU; known for some")
+    profile_steps: tuple[int, int] | None = Field(
+        default=None, description="first and last step that torch's profiler records into run_dir/profile, [20,23]"
+    )
+    nvtx: bool = Field(default=False, description="name the parts of a step for Nsight Systems; needs a GPU")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"log.profile_steps={list(self.profile_steps)} must be a first and a last step, counted from 1; "
+                "use [20,23] for instance"
+            )
+        return self
 
 
 class RunConfig(Section):

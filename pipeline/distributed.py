@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
@@ -39,6 +39,7 @@ def initialize_distributed(parallel: ParallelConfig | None = None) -> torch.devi
     """
     parallel = parallel or ParallelConfig()
     use_cpu_as_cuda()
+    set_gpu_environment(parallel)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it lists every bucket and configuration at INFO
     on_gpu = torch.cuda.is_available()
     # Ray has formed the group and chosen the device of each worker before it calls us; torchrun leaves both to us.
@@ -59,6 +60,31 @@ def initialize_distributed(parallel: ParallelConfig | None = None) -> torch.devi
             virtual_pipeline_model_parallel_size=parallel.chunks_per_rank if parallel.chunks_per_rank > 1 else None,
         )
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def set_gpu_environment(parallel: ParallelConfig) -> None:
+    """Sets what CUDA and torch read when they first ask for a GPU, unless the user has; the first process says so."""
+    settings = gpu_environment(parallel, os.environ)
+    if not torch.cuda.is_available() or torch.cuda.is_initialized() or not settings:
+        return
+    os.environ.update(settings)
+    if os.environ.get("RANK", "0") == "0":
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        print(f"environment: {told}; set them yourself for anything else", flush=True)
+
+
+def gpu_environment(parallel: ParallelConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables to set for GPUs.
+
+    Segments that grow lose less memory between packs of unequal size. Where layers are divided, megatron-core counts on
+    one queue: a collective that it starts before a product then also begins before it.
+    """
+    settings = {}
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():  # the newer name, and the older
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if parallel.tp > 1 and "CUDA_DEVICE_MAX_CONNECTIONS" not in environment:
+        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return settings
 
 
 def check_world_size(parallel: ParallelConfig, num_processes: int) -> None:
@@ -144,7 +170,7 @@ def worker_context() -> ForkServerContext:
     A fork of a trainer would inherit the locks of its threads and its CUDA context; these fork from a clean server that
     has imported what they need.
     """
-    return fork_server(["pipeline.data.batches"])
+    return fork_server(["pipeline.data.batches", "pipeline.shards.shard_set", "torchvision.io"])
 
 
 def fork_server(modules: list[str]) -> ForkServerContext:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +20,26 @@ from typing import Any, Self
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboard.summary.writer import event_file_writer
-from torch.utils.tensorboard import SummaryWriter
 
 from common.console import UsageError, build_console, build_progress
 from common.files import named_errors, write_whole
 from pipeline.config import LogConfig
 from pipeline.data.schedule import BatchCounts
 
+TELL_SLOWEST = 0.2  # above the mean of all processes
+NESTED = ("counts", "phase_seconds")
+TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"  # the module of the thread that writes its files
+
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step over a global batch. `step` counts finished steps; rates include the wait for data.
 
-    `peak_memory_bytes` is the most this process had so far: of the GPU, or of the machine where there is none.
+    `peak_memory_bytes` is the most this process had so far: of the GPU, or of the machine where there is none;
+    `reserved_memory_bytes` what torch held of the GPU for it. `phase_seconds` are those of this step up to its wait for
+    the GPU (data, encode, forward_backward with reduce in it); what comes behind it (optimizer, save) is of the step
+    before. `slowest_rank` took the most time in the step before until it waited for others, `slowest_fraction` more
+    than the mean.
     """
 
     step: int
@@ -47,6 +53,10 @@ class StepMetrics:
     flops: int
     num_processes: int
     peak_memory_bytes: int
+    reserved_memory_bytes: int = 0
+    slowest_rank: int = 0
+    slowest_fraction: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def samples_per_second(self) -> float:
@@ -60,7 +70,7 @@ class StepMetrics:
 
     def values(self, peak_tflops: float | None = None) -> dict[str, float]:
         """Returns every number by name, as a line of `metrics.jsonl` has it; `mfu` if the chip's peak is known."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
+        own = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in NESTED}
         num_rows = self.counts.num_text_tokens + self.counts.num_padding_tokens
         rates = {
             "samples_per_second": self.samples_per_second,
@@ -70,7 +80,8 @@ class StepMetrics:
             "padding_fraction": self.counts.num_padding_tokens / num_rows,
         }
         mfu = {} if peak_tflops is None else {"mfu": self.tflops_per_second / peak_tflops}
-        return own | asdict(self.counts) | rates | mfu
+        phases = {f"{name}_seconds": seconds for name, seconds in self.phase_seconds.items()}
+        return own | asdict(self.counts) | rates | mfu | phases
 
 
 # bf16 on the tensor cores without sparsity, in 10^12 FLOPs a second. Source: NVIDIA's data sheets.
@@ -90,6 +101,11 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def reserved_memory() -> int:
+    """Returns the most bytes that torch has held of this process's GPU so far; 0 without one."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
 def check_log(config: LogConfig) -> None:
@@ -129,8 +145,7 @@ class MetricsLog:
             _drop_from(run_dir / "metrics.jsonl", self.first_step)
             self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         with named_errors(run_dir / "tensorboard"):
-            purge = self.first_step + 1
-            self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=purge) if config.tensorboard else None
+            self.tensorboard = start_tensorboard(run_dir, self.first_step) if config.tensorboard else None
         self.excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self.wandb = start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
         self.peak_tflops = peak_tflops(config)
@@ -166,7 +181,7 @@ class MetricsLog:
 
     def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
         """Keeps what TensorBoard's thread could not write, of which Python would print the traceback."""
-        if isinstance(failed.exc_value, OSError) and type(failed.thread).__module__ == event_file_writer.__name__:
+        if isinstance(failed.exc_value, OSError) and type(failed.thread).__module__ == TENSORBOARD_THREAD:
             with self._failures("tensorboard"):
                 raise failed.exc_value
         else:
@@ -195,12 +210,21 @@ class MetricsLog:
             rate = f"lr {metrics.learning_rate:.2e}  grad norm {metrics.grad_norm:.2f}"
             if "mfu" in values:
                 rate += f"  {metrics.tflops_per_second:.0f} TFLOP/s  MFU {values['mfu']:.1%}"
+            if metrics.slowest_fraction > TELL_SLOWEST:
+                rate += f"  rank {metrics.slowest_rank} is {metrics.slowest_fraction:.0%} slower than the mean"
             self.say(f"step {metrics.step}/{self.num_steps}  {told}  {rate}  left {left}")
 
     def say(self, line: str) -> None:
         """Prints one line, above the progress bar if there is one."""
         if not self.silent:
             self.console.print(line)
+
+
+def start_tensorboard(run_dir: Path, first_step: int) -> Any:
+    """Returns a writer for the folder of a run; what it has of later steps is not shown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
 
 def start_wandb(project: str, run_dir: Path) -> Any:

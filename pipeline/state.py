@@ -24,6 +24,7 @@ from pipeline.data.batches import BatchSource, RankCoordinates, build_source, lo
 from pipeline.data.lengths import LengthTable
 from pipeline.distributed import broadcast_from_rank0
 from pipeline.optimizer import build_optimizer, freeze
+from pipeline.phases import Phases
 from pipeline.replicas import wrap
 from pipeline.start import base_model_config, initial_parameters
 from pipeline.stop import STOP_FILE, StopRequest
@@ -47,6 +48,8 @@ class TrainState:
     step: int = 0
     is_stopping: bool = False
     bad_samples: dict[int, str] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
+    own_seconds: float = 0.0  # of the step before, until it waited for others
 
 
 def build(config: RunConfig, device: torch.device) -> TrainState:
@@ -56,6 +59,8 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         ValueError: The base, the shards or the machine do not fit the configuration.
     """
     check_machine()
+    if config.log.nvtx and device.type != "cuda":
+        raise ValueError("log.nvtx=true names ranges for a GPU's profiler, and there is no GPU; use log.profile_steps")
     if config.compute.precision == "fp8":
         check_fp8(config.compute.fp8_recipe)
     if config.compute.attention != "auto":
@@ -75,12 +80,16 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     for stage in stages:
         initial_parameters(config, stage, groups.tp)
     wrapped = make_trainable(config, stages, groups)
+    phases, schedule = Phases(device, config.log.nvtx), wrapped[0].config  # which all chunks share
+    assert schedule.finalize_model_grads_func is not None
+    schedule.finalize_model_grads_func = phases.around("reduce", schedule.finalize_model_grads_func)
     return TrainState(
         config=config,
         device=device,
         groups=groups,
         stages=stages,
         wrapped=wrapped,
+        phases=phases,
         optimizer=build_optimizer(wrapped, config),
         tower=load_vision_tower(config.init.base, compute_dtype(config.compute), device),
         flops_per_image=flops_per_image(config.init.base, config.model.vision),

@@ -19,8 +19,9 @@ from model.vision import encode_together, rows_of_pack
 from pipeline.bad_samples import check_bad_samples, gather_bad_samples, leave_out
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch
-from pipeline.metrics import StepMetrics, peak_memory
+from pipeline.metrics import StepMetrics, peak_memory, reserved_memory
 from pipeline.optimizer import clip_gradients, learning_rate, update_weights
+from pipeline.phases import own_seconds, slowest
 from pipeline.replicas import gather_weights
 from pipeline.stage_messages import StageMessages
 from pipeline.state import TrainState
@@ -35,20 +36,27 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
         ValueError: no sample has a target, the targets are not those of the plan, or the loss or the gradient norm is
             not finite; the last checkpoint is sound.
     """
-    started = time.monotonic()
+    started, phases = time.monotonic(), state.phases
+    phases.add("data", wait_seconds)
     if state.config.data.max_bad_samples:
         batch = without_bad_samples(state, batch)
     if not batch.counts.num_targets:
         raise ValueError(nothing_to_learn(batch, state.config.data))
     rate = set_learning_rate(state, batch.step)
     clear_gradients(state)
-    sums, num_targets = forward_and_backward(state, model_inputs(state, batch), batch.counts.num_targets)
+    with phases("encode"):
+        inputs = model_inputs(state, batch)
+    with phases("forward_backward"):
+        sums, num_targets = forward_and_backward(state, inputs, batch.counts.num_targets)
     totals = sum_over_replicas(sums, num_targets, state)
     outcome = read_outcome(totals, clip_gradients(state.optimizer))
+    phase_seconds, (slowest_rank, slowest_fraction) = phases.read(), slowest(outcome.own_seconds)
+    state.own_seconds = own_seconds(phase_seconds)
     state.is_stopping = outcome.is_stopping
     loss = check_outcome(outcome, batch, state.config)
-    update_weights(state.optimizer)
-    gather_weights(state.wrapped)
+    with phases("optimizer"):
+        update_weights(state.optimizer)
+        gather_weights(state.wrapped)
     state.step = batch.step + 1
     seconds = time.monotonic() - started + wait_seconds
     return StepMetrics(
@@ -63,6 +71,10 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
         flops=batch.counts.training_flops + batch.counts.num_images * state.flops_per_image,
         num_processes=torch.distributed.get_world_size(),
         peak_memory_bytes=peak_memory(),
+        reserved_memory_bytes=reserved_memory(),
+        slowest_rank=slowest_rank,
+        slowest_fraction=slowest_fraction,
+        phase_seconds=phase_seconds,
     )
 
 
@@ -111,6 +123,7 @@ class Outcome(NamedTuple):
     loss_sum: float
     num_targets: float
     num_stopping: float
+    own_seconds: tuple[float, ...]
     grad_norm: float
 
     @property
@@ -124,7 +137,10 @@ def read_outcome(totals: Tensor, grad_norm: Tensor) -> Outcome:
 
     The update of the weights is still to come, so that the GPU is busy while the host prepares the next step.
     """
-    return Outcome(*read_values(torch.cat([totals, grad_norm.to(totals.device).double()])))
+    loss_sum, num_targets, num_stopping, *own, norm = read_values(
+        torch.cat([totals, grad_norm.to(totals.device).double()])
+    )
+    return Outcome(loss_sum, num_targets, num_stopping, tuple(own), norm)
 
 
 def check_outcome(outcome: Outcome, batch: GlobalBatch, config: RunConfig) -> float:
@@ -186,7 +202,9 @@ def forward_step(
 
 
 def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> Tensor:
-    """Returns f64[3] on every process: the losses and the targets of all replicas, and how many are asked to stop.
+    """Returns f64[3 + processes] on every process: the sums of losses and targets, how many are asked to stop, seconds.
+
+    The seconds are each process's own, of the step before.
 
     Only last stages bring losses, the same ones on all their tensor-parallel ranks; all processes of a replica have the
     same targets.
@@ -203,6 +221,9 @@ def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -
             number(state.stop.has_come()),
         ]
     )
+    own = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64, device=state.device)
+    own[torch.distributed.get_rank()].fill_(state.own_seconds)
+    values = torch.cat([values, own])
     torch.distributed.all_reduce(values)
     return values
 

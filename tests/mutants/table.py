@@ -75,8 +75,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "pipeline/loop.py": [
         ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),
         (
-            "is_last = state.step == state.source.num_steps",
-            "is_last = False",
+            "    is_last = state.step == state.source.num_steps",
+            "    is_last = False",
             f"{TRAIN}::test_stage_1_stores_what_it_trains_and_nothing_else",
         ),
         ("save_every_steps == 0 or", "save_every_steps == 1 or", f"{TRAIN}::test_a_damaged_checkpoint_is_named"),

@@ -1,0 +1,104 @@
+"""Where the time of a step goes, which process is the slowest, what a run shows of itself on demand."""
+
+import gc
+import gzip
+import json
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from model.parallel import ParallelConfig
+from pipeline import step
+from pipeline.config import RunConfig
+from pipeline.distributed import gpu_environment
+from pipeline.loop import train
+from pipeline.metrics import read_metrics
+from pipeline.phases import Phases, own_seconds, slowest
+from tests.processes import run_together
+
+
+def test_parts_are_added_up_and_told_once(monkeypatch):
+    ticks = iter([10.0, 11.0, 20.0, 20.5, 21.5, 24.0])
+    monkeypatch.setattr("pipeline.phases.time.monotonic", lambda: next(ticks))
+    phases = Phases()
+    with phases("encode"):
+        pass
+    with phases("passes"):
+        assert phases.around("reduce", lambda x: x + 1)(1) == 2
+    phases.add("encode", 4.0)
+    assert phases.read() == {"encode": 5.0, "reduce": 1.0, "passes": 4.0}
+    assert phases.read() == {}
+
+
+def test_own_time_is_without_the_wait_for_others():
+    assert own_seconds({"data": 1.0, "encode": 2.0, "forward_backward": 8.0, "reduce": 3.0, "optimizer": 9.0}) == 8.0
+    assert slowest([1.0, 3.0, 2.0]) == (1, 0.5)
+    assert slowest([0.0, 0.0]) == (0, 0.0)
+
+
+def test_a_run_tells_the_time_of_each_part(stage1):
+    first, *others = read_metrics(stage1.run_dir)
+    for metrics in (first, *others):
+        parts = [metrics[f"{name}_seconds"] for name in ("data", "encode", "forward_backward")]
+        assert 0 < sum(parts) < metrics["step_seconds"]
+        assert 0 < metrics["reduce_seconds"] < metrics["forward_backward_seconds"]
+    assert "optimizer_seconds" not in first  # what comes behind the wait of a step is told with the next
+    assert all(metrics["optimizer_seconds"] > 0 for metrics in others)
+
+
+def test_garbage_is_collected_at_steps_alone_and_some_steps_are_recorded(world, tmp_path, monkeypatch):
+    collected, enabled = [], []
+    real_collect, real_step = gc.collect, step.forward_and_backward
+
+    def forward_and_backward(*args):
+        enabled.append(gc.isenabled())
+        return real_step(*args)
+
+    def collect(*args):
+        collected.append(len(enabled))
+        return real_collect(*args)
+
+    monkeypatch.setattr(step, "forward_and_backward", forward_and_backward)
+    monkeypatch.setattr(gc, "collect", collect)
+    changes = {"train__max_steps": 4, "train__gc_every_steps": 2, "log__profile_steps": "[2,3]"}
+    train(world.config("demo-stage1", tmp_path, **changes))
+    assert enabled == [False] * 4 and gc.isenabled()
+    assert {2, 4} <= set(collected) and not {1, 3} & set(collected)
+    [file] = (tmp_path / "profile").iterdir()
+    assert file.name == "rank-0-steps-2-3.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = Counter(event.get("name") for event in events)
+    assert names["encode"] == names["forward_backward"] == names["optimizer"] == 2 and names["aten::mm"] > 2
+
+
+def test_profile_steps_are_a_first_and_a_last(world, tmp_path):
+    with pytest.raises(ValueError, match=r"log.profile_steps=\[3, 2\] must be a first and a last step"):
+        world.config("demo-stage1", tmp_path, log__profile_steps="[3,2]")
+
+
+def with_a_slow_process(config: RunConfig) -> None:
+    encode = step.model_inputs
+
+    def model_inputs(*args):
+        time.sleep(0.5 * torch.distributed.get_rank())
+        return encode(*args)
+
+    step.model_inputs = model_inputs
+    train(config)
+
+
+def test_the_slowest_process_is_named(world, tmp_path):
+    run_together(2, with_a_slow_process, world.config("demo-stage1", tmp_path, train__max_steps=3))
+    _, *told = read_metrics(tmp_path)  # in each step about the one before
+    assert [metrics["slowest_rank"] for metrics in told] == [1, 1]
+    assert all(metrics["slowest_fraction"] > 0 for metrics in told)
+
+
+def test_a_users_environment_is_left_alone():
+    segments = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert gpu_environment(ParallelConfig(), {}) == segments
+    assert gpu_environment(ParallelConfig(tp=2), {}) == segments | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "x", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert gpu_environment(ParallelConfig(tp=2), own) == {}
