@@ -176,4 +176,5 @@ def build_batch(step: int, packs: Sequence[Pack], state: TrainState) -> GlobalBa
         training_flops=0,
         imbalance_fraction=0.0,
     )
-    return GlobalBatch(step, 0, micro_batches, counts, [], {}).pin_memory()
+    batch = GlobalBatch(step, 0, micro_batches, counts, [], {})
+    return batch.pin_memory() if state.device.type == "cuda" else batch
