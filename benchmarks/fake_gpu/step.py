@@ -27,13 +27,14 @@ from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.vision_saisa import VisionTower
 from model.pack import IGNORE_INDEX, Pack
 from model.parallel import split_layers
+from pipeline.checkpoint.checkpoint import sharded_state
 from pipeline.config import RunConfig, load_config
 from pipeline.data.batches import GlobalBatch, MicroBatch
 from pipeline.data.batches import build_pack as pack_samples
 from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.optimizer import build_optimizer
+from pipeline.optimizer import build_optimizer, set_num_updates
 from pipeline.state import TrainState, build_stages, make_trainable
 from pipeline.step import train_step
 from pipeline.stop import StopRequest
@@ -44,14 +45,14 @@ def trace(case: Case, recorder: Recorder) -> Trace:
     recorder.clear()
     join_fake_world(case.world_size, case.rank)
     try:
-        return trace_step(load_config(case.config, [*case.overrides]), case.load, recorder)
+        return trace_step(load_config(case.config, [*case.overrides]), case.load, recorder, case.is_resumed)
     finally:
         shutdown_distributed()
         te.forget()
         gc.collect()
 
 
-def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
+def trace_step(config: RunConfig, load: Load, recorder: Recorder, is_resumed: bool = False) -> Trace:
     """Returns the trace of a step, in a process that has joined its world."""
     packs = [build_pack(load, config.model.vision.num_tokens, config.row_multiple) for _ in range(load.num_packs)]
     for pack in packs:
@@ -61,10 +62,26 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder) -> Trace:
         state = build_state(config, load)
         start_bytes = recorder.peak_bytes
         for step in range(2):
+            if is_resumed and step:
+                load_own_state(state)
             recorder.restart()
             resident_bytes = recorder.live_bytes
             train_step(state, build_batch(step, packs, state), wait_seconds=0.0)
     return Trace([*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at)
+
+
+def load_own_state(state: TrainState) -> None:
+    """Loads what a checkpoint of this process would hold of weights and optimizer, as `restore_checkpoint` does.
+
+    Not the scales of FP8's delayed recipe: they are stored as a pickle, which fake tensors cannot be in.
+    """
+    stored = sharded_state(state.stages, state.optimizer, state.groups, is_loading=True)
+    for entry in stored["optimizer"]["owned"].values():  # data are views of what the optimizer and the model have
+        entry.data.copy_(entry.data.clone())
+    for number, stage in enumerate(state.stages):
+        weights = {name: entry.data.clone() for name, entry in stored[f"stage{number}"].items()}
+        stage.load_state_dict(weights, strict=False)
+    set_num_updates(state.optimizer, stored["optimizer"]["step"])
 
 
 def join_fake_world(world_size: int, rank: int) -> None:

@@ -60,13 +60,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Case:
-    """A step to trace: as `rank` of `world_size` processes, with settings of the recipe changed by `overrides`."""
+    """A step to trace: as `rank` of `world_size` processes, with settings of the recipe changed by `overrides`.
+
+    With `is_resumed` the run takes up a checkpoint of its own before that step.
+    """
 
     config: Path
     overrides: tuple[str, ...] = ()
     load: Load = Load()
     world_size: int = 8
     rank: int = 0
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
