@@ -82,7 +82,7 @@ def with_a_slow_process(config: RunConfig) -> None:
     encode = step.model_inputs
 
     def model_inputs(*args):
-        time.sleep(0.5 * torch.distributed.get_rank())
+        time.sleep(1.0 * torch.distributed.get_rank())
         return encode(*args)
 
     step.model_inputs = model_inputs
@@ -91,9 +91,8 @@ def with_a_slow_process(config: RunConfig) -> None:
 
 def test_the_slowest_process_is_named(world, tmp_path):
     run_together(2, with_a_slow_process, world.config("demo-stage1", tmp_path, train__max_steps=3))
-    _, *told = read_metrics(tmp_path)  # in each step about the one before
-    assert [metrics["slowest_rank"] for metrics in told] == [1, 1]
-    assert all(metrics["slowest_fraction"] > 0 for metrics in told)
+    last = read_metrics(tmp_path)[-1]  # tells of the step before, the second: the first of a process takes any time
+    assert last["slowest_rank"] == 1 and last["slowest_fraction"] > 0
 
 
 def test_a_users_environment_is_left_alone():
