@@ -20,6 +20,8 @@ GRADIENT_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
 MAIN_WEIGHT_BYTES = 4
 WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS
+HOST_COPY_BYTES_PER_SECOND = 5e9  # of one GPU to memory that its host locks anew; assumed, with room
+DISK_BYTES_PER_SECOND = 1e9  # of the file system that all processes write to; assumed
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,17 @@ def resident_bytes(model: ModelConfig, phase: Phase, compute: ComputeConfig, mom
         shapes |= {(d, d)} if model.projector == "mlp" else set()
         stand_ins = sum(rows * columns for rows, columns in shapes) * ELEMENT_BYTES
     return int(counts.total * ELEMENT_BYTES + trained + copies) + stand_ins + WORKSPACE_BYTES
+
+
+def checkpoint_bytes(model: ModelConfig, phase: Phase, moments: str) -> int:
+    """Returns the bytes of a checkpoint: of each trained parameter the weight, its fp32 copy and two moments."""
+    divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
+    return parameter_counts(model, phase).num_trained * (ELEMENT_BYTES + divided)
+
+
+def save_seconds(num_bytes: int, num_devices: int) -> tuple[float, float]:
+    """Returns for how long the devices wait for the copy of a checkpoint to their hosts, and how long it is written.
+
+    In the background the second costs nothing as long as it is over before the next checkpoint.
+    """
+    return num_bytes / num_devices / HOST_COPY_BYTES_PER_SECOND, num_bytes / DISK_BYTES_PER_SECOND

@@ -83,6 +83,7 @@ class Trace:
         resident_bytes: alive between steps: weights, gradients, optimizer, encoder.
         peak_bytes: most that was alive in the step.
         peak_at: what was made then.
+        saved_bytes: what this process would write of a checkpoint behind the step.
     """
 
     events: list[Event]
@@ -90,6 +91,7 @@ class Trace:
     resident_bytes: int
     peak_bytes: int
     peak_at: str
+    saved_bytes: int
 
 
 @contextmanager
