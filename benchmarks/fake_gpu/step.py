@@ -7,7 +7,6 @@ must have its fake GPU before it imports this: `benchmarks.fake_gpu.traces.trace
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -68,9 +67,9 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder, is_resumed: bo
             recorder.restart()
             resident_bytes = recorder.live_bytes
             train_step(state, build_batch(step, packs, state), wait_seconds=0.0)
-        trace = Trace([*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at, 0)
+        seen = [*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at
         owned = sharded_state(state.stages, state.optimizer, state.groups)["optimizer"]["owned"]
-        return replace(trace, saved_bytes=sum(entry.data.nbytes for entry in owned.values()))
+    return Trace(*seen, saved_bytes=sum(entry.data.nbytes for entry in owned.values()))
 
 
 def load_own_state(state: TrainState) -> None:

@@ -9,7 +9,7 @@ import yaml
 from benchmarks.fake_gpu.traces import Case, Load, Trace
 from model.config import ModelConfig
 from model.flops import encoder_forward_flops, matrix_products
-from model.memory import PackSize, activation_bytes, resident_bytes
+from model.memory import PackSize, activation_bytes, checkpoint_bytes, resident_bytes
 from pipeline.config import load_config
 from tests.benchmarks.traced import CONFIGS, STAGE1, STAGE2, shared_collectives
 
@@ -126,6 +126,14 @@ def test_memory_between_steps_is_weights_gradients_and_a_share_of_the_optimizer(
     expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas)
     expected += 2 * 3 * 12 * 1024**2  # the encoder
     assert traces[name].resident_bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 ranks", "llama 3"])
+def test_a_process_writes_its_share_of_a_checkpoint(traces, name):
+    """Also of moments in bf16, which stay that: a process gathers nothing and converts nothing."""
+    config = load_config(CASES[name].config, [*CASES[name].overrides])
+    whole = checkpoint_bytes(config.model, config.phase, config.optim.moments)
+    assert traces[name].saved_bytes == pytest.approx(whole / CASES[name].world_size, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "no images" and "1,024" not in name])
