@@ -66,8 +66,8 @@ def measure(rank: int, num_processes: int, port: int, overrides: list[str], fold
     device, groups = initialize_distributed(config.parallel), ProcessGroupCollection.use_mpu_process_groups()
     stages = build_stages(config, groups, [config.model.num_layers], device)
     wrapped = make_trainable(config, stages, groups)
-    for buffer in wrapped[0].buffers:
-        cast(Any, buffer).grad_data.untyped_storage().resize_(0)
+    for buffer in cast(Any, wrapped[0]).buffers:
+        buffer.grad_data.untyped_storage().resize_(0)
     optimizer, facts = build_optimizer(wrapped, config), describe_run(config, ["none"], 1)
     for owned in owned_ranges(optimizer):
         for state in owned.states.values():
