@@ -34,7 +34,7 @@ from pipeline.data.batches import build_pack as pack_samples
 from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.optimizer import build_optimizer, set_num_updates
+from pipeline.optimizer import build_optimizer, owned_ranges, set_num_updates
 from pipeline.state import TrainState, build_stages, make_trainable
 from pipeline.step import train_step
 from pipeline.stop import StopRequest
@@ -68,8 +68,12 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder, is_resumed: bo
             resident_bytes = recorder.live_bytes
             train_step(state, build_batch(step, packs, state), wait_seconds=0.0)
         seen = [*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at
-        owned = sharded_state(state.stages, state.optimizer, state.groups)["optimizer"]["owned"]
-    return Trace(*seen, saved_bytes=sum(entry.data.nbytes for entry in owned.values()))
+        tensors = [
+            tensor
+            for owned in owned_ranges(state.optimizer)
+            for tensor in (owned.parameter.detach().view(-1)[owned.start : owned.stop], *owned.states.values())
+        ]
+    return Trace(*seen, saved_bytes=sum(tensor.nbytes for tensor in tensors))
 
 
 def load_own_state(state: TrainState) -> None:
