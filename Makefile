@@ -38,8 +38,9 @@ setup: .venv/.ready ## build .venv from requirements.lock (what needs it does th
 demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2, export, questions
 	$(PYTHON) -m orchestration.demo $(ARGS)
 
+# Three processes on two cores: many tests wait for processes of their own.
 test: setup ## the CPU tests
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -n 3 --dist worksteal -m "not slow" $(ARGS)
 
 # The GPU tests are left out of all others: pyproject.toml ignores their folder.
 test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU against their references

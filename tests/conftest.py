@@ -19,27 +19,37 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Imports the fixtures, and with them all that is tested, but not where others run the tests (`-n 2`)."""
+    """Imports the fixtures, and with them all that is tested, but not where others run the tests (`-n 3`)."""
     if config.getoption("dist", "no") == "no":
         for name in PLUGINS:
             config.pluginmanager.import_plugin(name)
 
 
+FIRST = (("local_ray", "world"), ("deep_world",), ("traces",))
+"""Fixtures of the tests that each of three processes begins with: what takes long, and needs other fixtures."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets two processes that share the tests (`-n 2`) begin with what takes long, and need different fixtures for it.
+    """Lets three processes that share the tests (`-n 3`) begin as `FIRST` says.
 
-    Each is given a half of the list; whoever is through takes from the end of the other's.
+    Each is given a third of the list; whoever is through takes from the end of the others'.
     """
-    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") != "2":
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") != str(len(FIRST)):
         return
-    parts: dict[str, list[pytest.Item]] = {name: [] for name in ("deep_world", "local_ray", "world", "")}
+    parts: list[list[pytest.Item]] = [[] for _ in FIRST]
+    short: list[pytest.Item] = []
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        parts[next(name for name in parts if name in fixtures or not name)].append(item)
-    first, short = parts["local_ray"] + parts["world"], parts[""]
-    num_short = max(0, len(items) // 2 - len(first))
-    items[:] = first + short[:num_short] + parts["deep_world"] + short[num_short:]
+        fixtures = set(getattr(item, "fixturenames", ()))
+        order = sorted(range(len(FIRST)), key=lambda number: FIRST[number] != ("deep_world",))  # it needs `world` too
+        found = next((number for number in order if fixtures & set(FIRST[number])), None)
+        (short if found is None else parts[found]).append(item)
+    share = -(-len(items) // len(FIRST))
+    for part in parts:
+        num_short = max(0, share - len(part))
+        part += short[:num_short]
+        del short[:num_short]
+    items[:] = [item for part in parts for item in part] + short
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

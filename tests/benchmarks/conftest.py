@@ -8,6 +8,16 @@ import pytest
 from benchmarks.fake_gpu.traces import Case, Trace, tracing
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests of a module's `SLOW` cases so, by the names among their parameters."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        names = {name for value in parameters for name in (value if isinstance(value, tuple) else (value,))}
+        if names & set(getattr(getattr(item, "module", None), "SLOW", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 class Traces(dict[str, Trace]):
     """The traces of named cases."""
 

@@ -39,6 +39,7 @@ CASES = {
     "1,024 ranks, other replica": Case(STAGE2, DIVIDED, Load(2, 4), world_size=1024, rank=256),
     "1,024 ranks, last stage": Case(STAGE2, DIVIDED, Load(1, 4), world_size=1024, rank=512),
 }
+SLOW = ["stage 1, tp 2", "stage 1, full", *(name for name in CASES if "1,024" in name)]
 
 
 def model_of(name: str) -> ModelConfig:

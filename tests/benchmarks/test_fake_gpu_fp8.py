@@ -33,15 +33,14 @@ CASES = {
     "tensorwise, pp 2": Case(STAGE2, (*FP8, TENSORWISE, "parallel.pp=2"), TWO_PACKS),
     "tensorwise, pp 2, last": Case(STAGE2, (*FP8, TENSORWISE, "parallel.pp=2"), TWO_PACKS, rank=4),
 }
-SLOW = [name for name in CASES if "pp 2" in name or name == "edges"]
+SLOW = ["recomputed", "tensorwise, resumed", "edges", *(name for name in CASES if "pp 2" in name or "other" in name)]
 ROWS = {"blockwise, tp 2": (768, 1792), "delayed, tp 2": (768, 1728), "no images": (768, 32)}
 """Text and visual rows after they are filled up; those of `UNEVEN` in 32s are 768 and 1,728."""
 
 
 def named(*names: str) -> pytest.MarkDecorator:
-    """Parametrizes a test by cases; the slow ones are marked so."""
-    slow = pytest.mark.slow
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[slow] if n in SLOW else []) for n in names])
+    """Parametrizes a test by cases."""
+    return pytest.mark.parametrize("name", names)
 
 
 def model_of(name: str) -> ModelConfig:
@@ -119,7 +118,7 @@ def test_nothing_large_is_fp32_but_sums_of_weight_gradients(traces, name):
     "pair",
     [
         ("delayed, tp 2", "delayed, tp 2, other replica"),
-        pytest.param(("tensorwise, pp 2", "tensorwise, pp 2, last"), marks=pytest.mark.slow),
+        ("tensorwise, pp 2", "tensorwise, pp 2, last"),
     ],
 )
 def test_processes_of_a_group_call_the_same_collectives_in_the_same_order(traces, pair):

@@ -187,10 +187,10 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(stage2, tmp_pa
     config = stage2.model_copy(update={"run_dir": tmp_path / "run"})
     real_forward = step_module.forward_step
 
-    def is_told_to_stop(*args):
+    def is_told_to_stop(*args, **settings):
         if len(read_metrics(config.run_dir)) == 2:  # in step 3, which is not one to save after
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_forward(*args)
+        return real_forward(*args, **settings)
 
     monkeypatch.setattr(step_module, "forward_step", is_told_to_stop)
     with pytest.raises(SystemExit) as stopped:

@@ -17,8 +17,9 @@ FREE = {
         "data.prefetch_steps",
         "data.max_bad_samples",
     ),
-    *("train.num_epochs", "train.max_steps", "train.image_batch_size"),  # the first two by the number of steps
-    *("compute.attention", "compute.recompute", "compute.gradient_accumulation_fusion"),
+    *("train.num_epochs", "train.max_steps"),  # told by the number of steps
+    *("train.image_batch_size", "train.gc_every_steps"),
+    *("compute.attention", "compute.recompute", "compute.fused_kernels", "compute.gradient_accumulation_fusion"),
 }
 FREE_SECTIONS = {"parallel", "checkpoint", "log"}
 KEPT = {
