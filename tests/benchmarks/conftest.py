@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any, cast
 
 import pytest
 
@@ -12,10 +13,10 @@ from benchmarks.fake_gpu.traces import Case, Trace, tracing
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests of a module's `SLOW` cases so, by the names among their parameters."""
     for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-        names = {name for value in parameters for name in (value if isinstance(value, tuple) else (value,))}
-        if names & set(getattr(getattr(item, "module", None), "SLOW", ())):
-            item.add_marker(pytest.mark.slow)
+        slow = getattr(getattr(item, "module", None), "SLOW", ())
+        for value in cast(Any, item).callspec.params.values() if slow and hasattr(item, "callspec") else ():
+            if any(name in slow for name in (value if isinstance(value, tuple) else (value,))):
+                item.add_marker(pytest.mark.slow)
 
 
 class Traces(dict[str, Trace]):
