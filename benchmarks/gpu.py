@@ -197,25 +197,31 @@ def compare_kernels(
     ]
 
 
-def compare_precisions(
-    model: ModelConfig, sizes: tuple[int, int, int], device: torch.device, rounds: int
-) -> list[Figure]:
-    """Returns how much faster than in bf16 a SAISA layer is in FP8, with every recipe that can run here."""
-    computes = {"bf16": ComputeConfig(precision="bf16")}
+def low_precisions() -> dict[str, ComputeConfig]:
+    """Returns bf16, and FP8 with every recipe that can run here; prints why others cannot."""
+    found = {"bf16": ComputeConfig(precision="bf16")}
     for recipe in RECIPES:
         try:
             check_fp8(recipe)
         except ValueError as error:
             print(f"left out: {error}")
         else:
-            computes[recipe] = ComputeConfig(precision="fp8", fp8_recipe=recipe)
+            found[f"fp8 {recipe}"] = ComputeConfig(precision="fp8", fp8_recipe=recipe)
+    return found
+
+
+def compare_precisions(
+    model: ModelConfig, sizes: tuple[int, int, int], device: torch.device, rounds: int
+) -> list[Figure]:
+    """Returns how much faster than in bf16 a SAISA layer is in FP8, with every recipe that can run here."""
+    computes = low_precisions()
     pack = even_pack(*sizes, model.vision.num_tokens)
     passes = {name: layer_pass(model, compute, pack, device) for name, compute in computes.items()}
     seconds = time_together(passes, device, rounds)
     return [
-        Figure(f"layer, bf16 / fp8 {recipe}: time", median_ratio(seconds["bf16"], times))
-        for recipe, times in seconds.items()
-        if recipe != "bf16"
+        Figure(f"layer, bf16 / {name}: time", median_ratio(seconds["bf16"], times))
+        for name, times in seconds.items()
+        if name != "bf16"
     ]
 
 

@@ -25,7 +25,6 @@ import yaml
 from benchmarks import gpu
 from benchmarks.fake_gpu.step import build_batch, build_pack, build_state
 from benchmarks.fake_gpu.traces import Load
-from model.backend import check_fp8
 from model.compute import compute_dtype
 from model.config import ComputeConfig, ModelConfig
 from model.flops import encoder_forward_flops, training_flops
@@ -49,7 +48,6 @@ SMALL_TRAINING = ["optim.learning_rate=1e-3", "optim.warmup_fraction=0", "data.m
 NUM_LOSSES, WARM_UP, ROUNDS = 4, 3, 10
 # Relative. Bf16 against fp32 on a CPU differs by 0.0015 in such runs, FP8 against bf16 by 0.024 (tests/gpu).
 BOUNDS = {"fp32": 1e-5, "bf16": 0.01, "fp8": 0.04}
-RECIPES = ("tensorwise", "blockwise", "delayed")
 WAIT = "called a synchronizing CUDA operation"
 WAITS_A_STEP = 1  # tests/benchmarks/test_fake_gpu.py
 GB = 1e9
@@ -142,15 +140,7 @@ def _precisions(exact_only: bool) -> dict[str, ComputeConfig]:
     """Returns the ways to compute that can run here; fp32 with dense masks alone, or the others."""
     if exact_only:
         return {"fp32": ComputeConfig(precision="fp32", attention="dense")}
-    found = {"bf16": ComputeConfig(precision="bf16")}
-    for recipe in RECIPES:
-        try:
-            check_fp8(recipe)
-        except ValueError as error:
-            print(f"left out: {error}")
-        else:
-            found[f"fp8 {recipe}"] = ComputeConfig(precision="fp8", fp8_recipe=recipe)
-    return found
+    return gpu.low_precisions()
 
 
 def _small_losses(stage: str, compute: ComputeConfig) -> list[float]:
