@@ -45,10 +45,10 @@ class TrainState:
     source: BatchSource
     run: RunInfo
     stop: StopRequest
+    phases: Phases
     step: int = 0
     is_stopping: bool = False
     bad_samples: dict[int, str] = field(default_factory=dict)
-    phases: Phases = field(default_factory=Phases)
     own_seconds: float = 0.0  # of the step before, until it waited for others
 
 
@@ -79,6 +79,29 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     stages = build_stages(config, groups, layers_per_stage(config, table), device)
     for stage in stages:
         initial_parameters(config, stage, groups.tp)
+    return assemble(
+        config,
+        device,
+        groups,
+        stages,
+        tower=load_vision_tower(config.init.base, compute_dtype(config.compute), device),
+        flops_per_image=flops_per_image(config.init.base, config.model.vision),
+        source=source,
+        run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
+    )
+
+
+def assemble(
+    config: RunConfig,
+    device: torch.device,
+    groups: ProcessGroupCollection,
+    stages: list[SaisaModel],
+    tower: VisionTower,
+    flops_per_image: int,
+    source: BatchSource,
+    run: RunInfo,
+) -> TrainState:
+    """Returns the state at step 0 around stages that have their weights, trainable as the phase wants."""
     wrapped = make_trainable(config, stages, groups)
     phases, schedule = Phases(device, config.log.nvtx), wrapped[0].config  # which all chunks share
     assert schedule.finalize_model_grads_func is not None
@@ -91,10 +114,10 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         wrapped=wrapped,
         phases=phases,
         optimizer=build_optimizer(wrapped, config),
-        tower=load_vision_tower(config.init.base, compute_dtype(config.compute), device),
-        flops_per_image=flops_per_image(config.init.base, config.model.vision),
+        tower=tower,
+        flops_per_image=flops_per_image,
         source=source,
-        run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
+        run=run,
         stop=StopRequest(config.run_dir / STOP_FILE if torch.distributed.get_rank() == 0 else None),
     )
 

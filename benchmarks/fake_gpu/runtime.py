@@ -40,6 +40,7 @@ def _store(argument: int, value: int, size: int = 4, offset: int = 0) -> bytes:
     return prefix + (b"\xc7\x87", b"\xc7\x86")[argument] + struct.pack("<ii", offset, value)
 
 
+ONE_AS_FP32 = 0x3F800000
 HANDLE = 0x1000  # of the stream and the event that everybody gets; nothing looks behind it
 PROPERTIES = {
     304: 65536,
@@ -61,6 +62,8 @@ RUNTIME = {
     "cudaStreamGetCaptureInfo": _store(1, 0) + SUCCESS,
     "cudaStreamGetPriority": _store(1, 0) + SUCCESS,
     "cudaEventCreateWithFlags": _store(0, HANDLE, size=8) + SUCCESS,
+    "cudaEventElapsedTime": _store(0, struct.unpack("<i", struct.pack("<f", 1.0))[0])
+    + SUCCESS,  # a millisecond, as fp32
     "cudaDriverGetVersion": _store(0, 13000) + SUCCESS,
     "cudaRuntimeGetVersion": _store(0, 13000) + SUCCESS,
 }

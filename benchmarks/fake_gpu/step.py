@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +34,9 @@ from pipeline.data.batches import build_pack as pack_samples
 from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.optimizer import build_optimizer, owned_ranges, set_num_updates
-from pipeline.state import TrainState, build_stages, make_trainable
+from pipeline.optimizer import owned_ranges, set_num_updates
+from pipeline.state import TrainState, assemble, build_stages
 from pipeline.step import train_step
-from pipeline.stop import StopRequest
 
 
 def trace(case: Case, recorder: Recorder) -> Trace:
@@ -116,21 +115,9 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
     layer, head = stage_costs(config.model, config.phase, *sizes)
     num_layers = parallel.layers_per_stage or split_layers(layer, head, config.model.num_layers, parallel.num_stages)
     stages = build_stages(config, groups, num_layers, device)
-    wrapped = make_trainable(config, stages, groups)
     source = SimpleNamespace(num_steps=100, image_processor=SaisaImageProcessor(do_rescale=True))
-    return TrainState(
-        config=config,
-        device=device,
-        groups=groups,
-        stages=stages,
-        wrapped=wrapped,
-        optimizer=build_optimizer(wrapped, config),
-        tower=build_tower(config, device),
-        flops_per_image=0,
-        source=cast(Any, source),
-        run=cast(Any, None),
-        stop=StopRequest(None),
-    )
+    made_up: dict[str, Any] = {"flops_per_image": 0, "source": source, "run": None}
+    return assemble(config, device, groups, stages, build_tower(config, device), **made_up)
 
 
 def build_tower(config: RunConfig, device: torch.device) -> VisionTower:

@@ -33,7 +33,6 @@ from model.pack import Pack
 from pipeline.config import LogConfig, RunConfig, load_config
 from pipeline.distributed import initialize_distributed
 from pipeline.metrics import peak_tflops
-from pipeline.phases import Phases
 from pipeline.state import TrainState
 from pipeline.step import train_step
 
@@ -194,7 +193,6 @@ def step(work: Work, stage: str, precision: str) -> None:
     num_samples = 2 if work.is_dry else data.max_images_per_pack
     load = Load(num_samples=num_samples, num_text=min(256, data.max_text_tokens_per_pack // data.max_images_per_pack))
     state = build_state(config, load)
-    state.phases = Phases(state.device)
     make_up_weights(state, on_cpu=False)
     batches = [random_batch(step, state, load) for step in range(WARM_UP + work.rounds + 1)]
     on_gpu = state.device.type == "cuda"
