@@ -5,8 +5,11 @@ import re
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import psutil
 import pytest
@@ -27,6 +30,14 @@ from tests.processes import run_together
 def source(config: RunConfig, rank: int = 0, num_ranks: int = 1) -> BatchSource:
     sets = open_shards(config)
     return build_source(config, sets, load_table(config, sets, Console(quiet=True)), RankCoordinates(rank, num_ranks))
+
+
+@contextmanager
+def started() -> Iterator[list[BaseProcess]]:
+    """Gives the child processes that the block has started; a test before may have left others."""
+    before, found = set(active_children()), []
+    yield found
+    found.extend(set(active_children()) - before)
 
 
 def with_data(config: RunConfig, **changes: object) -> RunConfig:
@@ -139,18 +150,18 @@ def test_an_image_that_does_not_decode_names_the_record(stage2, monkeypatch):
 
 
 def test_an_error_in_a_worker_process_ends_the_run(stage2):
-    before = active_children()
     broken = source(with_data(stage2, num_workers=1, prefetch_steps=1))
     broken.schedule.table.values[:, 0] += 1
-    with pytest.raises(ValueError, match="length table"):
+    with started() as readers, pytest.raises(ValueError, match="length table"):
         list(broken.batches(0))
-    assert set(active_children()) <= set(before)  # the worker too has ended, and is not waited for later
+    assert not readers  # the worker too has ended, and is not waited for later
 
 
 def test_readers_outlive_the_sigterm_of_their_group(stage2):
     batches = source(with_data(stage2, num_workers=2, prefetch_steps=1)).batches(0)
-    assert next(batches).step == 0
-    readers = [psutil.Process(each.pid) for each in active_children()]
+    with started() as children:
+        assert next(batches).step == 0
+    readers = [psutil.Process(each.pid) for each in children]
     servers = {reader.parent() for reader in readers}  # and the one that they are forked from
     assert len(readers) == 2 and len(servers) == 1 and psutil.Process() not in servers
     subprocess.run(["kill", *(str(each.pid) for each in (*servers, *readers) if each)], check=True)
@@ -159,8 +170,9 @@ def test_readers_outlive_the_sigterm_of_their_group(stage2):
 
 def test_readers_end_with_a_trainer_that_does_not_wait_for_them(stage2):
     batches = source(with_data(stage2, num_workers=1, prefetch_steps=1)).batches(0)
-    next(batches)
-    (reader,) = active_children()
+    with started() as readers:
+        next(batches)
+    (reader,) = readers
     reader.terminate()
     reader.join(60)
     assert not reader.is_alive()
