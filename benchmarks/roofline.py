@@ -172,12 +172,11 @@ def summed(costs: dict[Key, Cost], part: int) -> dict[str, Cost]:
 
 def model_flops(config: RunConfig, load: Load) -> tuple[int, int]:
     """Returns the FLOPs of a process's step: the model's alone, and with those of an encoder such as CLIP's."""
-    visual, vision = load.num_images * config.model.vision.num_tokens, config.model.vision
-    targets = int(load.num_text * load.target_fraction)
-    num_samples = load.num_packs * load.num_samples
-    model = num_samples * training_flops(config.model, config.phase, load.num_text, visual, targets)
+    vision, num_samples = config.model.vision, load.num_packs * load.num_samples
+    sizes = load.num_text, load.num_images * vision.num_tokens, load.num_targets
+    model = num_samples * training_flops(config.model, config.phase, *sizes)
     images = num_samples * load.num_images
-    return model, model + images * encoder_forward_flops(vision, 4 * vision.hidden_size)
+    return model, model + images * encoder_forward_flops(vision, vision.usual_ffn_hidden_size)
 
 
 def main(

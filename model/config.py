@@ -34,6 +34,11 @@ class VisionConfig(Section):
         """Visual tokens an image becomes (the class token is dropped)."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def usual_ffn_hidden_size(self) -> int:
+        """The FFN of an encoder such as CLIP's, for costs on paper; a base folder has the real one."""
+        return 4 * self.hidden_size
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:

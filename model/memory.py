@@ -120,8 +120,9 @@ def largest_pack(model: ModelConfig, max_text_tokens: int, max_images: int) -> P
 
 
 def encoder_bytes(vision: VisionConfig) -> int:
-    """Returns the bytes of the weights of an encoder whose FFN is four times as wide, as CLIP's."""
-    return 12 * vision.hidden_size**2 * vision.num_layers * ELEMENT_BYTES
+    """Returns the bytes of the weights of an encoder's layers, whose FFN is as wide as CLIP's."""
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.usual_ffn_hidden_size
+    return layer * vision.num_layers * ELEMENT_BYTES
 
 
 def peak_bytes(

@@ -111,7 +111,7 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
     """Returns the state at step 0, as `pipeline.state.build` does from a base and shards."""
     device, parallel = initialize_distributed(config.parallel), config.parallel
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, int(load.num_text * load.target_fraction))
+    sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, load.num_targets)
     layer, head = stage_costs(config.model, config.phase, *sizes)
     num_layers = parallel.layers_per_stage or split_layers(layer, head, config.model.num_layers, parallel.num_stages)
     stages = build_stages(config, groups, num_layers, device)
@@ -121,12 +121,12 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
 
 
 def build_tower(config: RunConfig, device: torch.device) -> VisionTower:
-    """Returns an encoder of the recipe's sizes, without weights; its FFN is four times as wide, as CLIP's."""
+    """Returns an encoder of the recipe's sizes, without weights."""
     vision = config.model.vision
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[vision.type]
     described = kind(
         hidden_size=vision.hidden_size,
-        intermediate_size=4 * vision.hidden_size,
+        intermediate_size=vision.usual_ffn_hidden_size,
         num_hidden_layers=vision.num_layers,
         num_attention_heads=vision.hidden_size // 64,
         image_size=vision.image_size,
@@ -143,23 +143,22 @@ def build_tower(config: RunConfig, device: torch.device) -> VisionTower:
 
 def build_pack(load: Load, num_tokens: int, row_multiple: int) -> Pack:
     """Returns a pack of equal samples, filled up as a run's are; images stand behind a quarter of a sample's text."""
-    before, num_targets = load.num_text // 4, int(load.num_text * load.target_fraction)
-    starts = before + np.arange(load.num_images) * (num_tokens + 1)
+    starts = load.num_text // 4 + np.arange(load.num_images) * (num_tokens + 1)
     length = load.num_text + load.num_images * num_tokens
     targets = np.full(load.num_text, IGNORE_INDEX)
-    targets[load.num_text - num_targets :] = 0
+    targets[load.num_text - load.num_targets :] = 0
     sample = Sample(
         text_token_ids=np.zeros(load.num_text, dtype=np.int64),
         text_positions=np.setdiff1d(np.arange(length), starts[:, None] + np.arange(num_tokens)),
         targets=targets,
         image_positions=starts,
         image_indices=np.arange(load.num_images),
-        num_targets=num_targets,
+        num_targets=load.num_targets,
         num_dropped_targets=0,
         num_truncated_tokens=0,
     )
     pack = pack_samples([sample] * load.num_samples, num_tokens, row_multiple)
-    assert pack.num_targets == load.num_samples * num_targets
+    assert pack.num_targets == load.num_samples * load.num_targets
     return pack
 
 

@@ -57,6 +57,11 @@ class Load:
     num_images: int = 1
     target_fraction: float = 0.5
 
+    @property
+    def num_targets(self) -> int:
+        """Text tokens of a sample that have a target."""
+        return int(self.num_text * self.target_fraction)
+
 
 @dataclass(frozen=True)
 class Case:

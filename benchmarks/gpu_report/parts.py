@@ -25,11 +25,10 @@ import yaml
 from benchmarks import gpu
 from benchmarks.fake_gpu.step import build_batch, build_pack, build_state
 from benchmarks.fake_gpu.traces import Load
+from benchmarks.roofline import model_flops
 from model.compute import compute_dtype
 from model.config import ComputeConfig, ModelConfig
-from model.flops import encoder_forward_flops, training_flops
 from model.memory import PackSize, peak_bytes
-from model.pack import Pack
 from pipeline.config import LogConfig, RunConfig, load_config
 from pipeline.distributed import initialize_distributed
 from pipeline.metrics import peak_tflops
@@ -211,10 +210,10 @@ def step(work: Work, stage: str, precision: str) -> None:
     for name, spent in phases.items():
         work.record(what=f"{name} of the last step", value=spent * 1e3, unit="ms")
     if on_gpu:
-        expected = peak_bytes(
-            config.model, config.phase, config.compute, _pack_size(load, batches[0].micro_batches[0].pack),
-            config.optim.moments, num_replicas=1,
-        )  # fmt: skip
+        pack = batches[0].micro_batches[0].pack
+        num_gathered_keys = len(pack.segments.key_indices)
+        size = PackSize(len(pack.positions_T), len(pack.visual_positions_I), pack.num_targets, num_gathered_keys)
+        expected = peak_bytes(config.model, config.phase, config.compute, size, config.optim.moments, num_replicas=1)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         work.record(what="peak memory, allocated", value=allocated / GB, unit="GB", expected=expected / GB)
         work.record(what="peak memory, reserved", value=reserved / GB, unit="GB")
@@ -225,21 +224,12 @@ def step(work: Work, stage: str, precision: str) -> None:
 
 
 def _record_speed(work: Work, config: RunConfig, load: Load, seconds: float) -> None:
-    model, num_images = config.model, load.num_samples * load.num_images
-    sizes = (load.num_text, load.num_images * model.vision.num_tokens, int(load.num_text * load.target_fraction))
-    flops = load.num_samples * int(training_flops(model, config.phase, *sizes))
-    encoder = num_images * encoder_forward_flops(model.vision, 4 * model.vision.hidden_size)
+    flops, with_encoder = model_flops(config, load)
     work.record(what=f"step, {load.num_samples} samples of {load.num_text} text rows", value=seconds * 1e3, unit="ms")
     work.record(what="model FLOPs a second, without the encoder", value=flops / seconds / 1e12, unit="TFLOP/s")
     if (peak := peak_tflops(LogConfig())) is not None:
         work.record(what="MFU of the bf16 peak, without the encoder", value=flops / seconds / 1e12 / peak)
-        work.record(what="MFU of the bf16 peak, with it", value=(flops + encoder) / seconds / 1e12 / peak)
-
-
-def _pack_size(load: Load, pack: Pack) -> PackSize:
-    num_text, num_visual = len(pack.positions_T), len(pack.visual_positions_I)
-    before_images = load.num_samples * (load.num_text // 4)  # keys that the second segment of a sample needs again
-    return PackSize(num_text, num_visual, pack.num_targets, num_text + num_visual + before_images)
+        work.record(what="MFU of the bf16 peak, with it", value=with_encoder / seconds / 1e12 / peak)
 
 
 def host_waits(run: Callable[[], object]) -> Counter[str]:

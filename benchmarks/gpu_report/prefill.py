@@ -26,7 +26,7 @@ def build_models(model: ModelConfig, compute: ComputeConfig, device: torch.devic
     }
     vision = CLIPVisionConfig(
         hidden_size=v.hidden_size,
-        intermediate_size=4 * v.hidden_size,
+        intermediate_size=v.usual_ffn_hidden_size,
         num_hidden_layers=v.num_layers,
         num_attention_heads=max(1, v.hidden_size // 64),
         image_size=v.image_size,

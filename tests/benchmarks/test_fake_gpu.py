@@ -103,7 +103,7 @@ def test_gradients_are_summed_during_the_backward_pass_and_weights_collected_aft
 def test_matrix_products_are_those_of_the_formulas(traces, name):
     """Stage 1 multiplies by nothing for the weights of the language model; visual rows pass no FFN."""
     load, model = CASES[name].load, model_of(name)
-    text, targets = (load.num_samples * n for n in (load.num_text, int(load.num_text * load.target_fraction)))
+    text, targets = (load.num_samples * n for n in (load.num_text, load.num_targets))
     p = matrix_products(model, text, load.num_samples * load.num_images * model.vision.num_tokens, targets)
     n = model.num_layers
     expected = n * (2 * p.projector_in + 3 * p.projector_out + 3 * p.linear_q + 3 * p.linear_other) + 3 * p.head
