@@ -61,7 +61,7 @@ def seconds_of(event: Event, chip: Chip) -> float:
     """Returns the predicted time of an event; 0 for a copy, which runs beside kernels, and for a host's wait."""
     if event.kind == "kernel":
         rate = chip.product_flops
-        if "attn" in event.name or "attention" in event.name:
+        if is_attention(event):
             rate = chip.attention_flops["backward" in event.name]
         elif any(dtype.startswith("float8") for dtype in event.dtypes):
             rate = chip.fp8_product_flops
@@ -69,6 +69,11 @@ def seconds_of(event: Event, chip: Chip) -> float:
     if event.kind == "collective":
         return collective_seconds(event, chip)
     return 0.0
+
+
+def is_attention(event: Event) -> bool:
+    """Whether an event is a kernel of attention, torch's, flash-attn's or FlexAttention's."""
+    return "attn" in event.name or "attention" in event.name
 
 
 def seconds_of_all(events: Sequence[Event], chip: Chip) -> list[float]:
@@ -122,7 +127,7 @@ def kind_of(event: Event) -> str:
         return event.kind
     if event.source.startswith("model/hf/"):
         return "encoder"
-    if "attn" in event.name or "attention" in event.name:
+    if is_attention(event):
         return "attention"
     if event.flops:
         return "matrix products"

@@ -24,10 +24,13 @@ from benchmarks.fake_gpu.traces import Event, Kind
 ROOT = str(Path(__file__).resolve().parents[2])
 LIBRARIES = ("/megatron/core/", "/transformer_engine/")
 ALLOCATION_BYTES = 512  # torch's allocator gives multiples of this
-# What runs no kernel, besides views and what makes tensors without values
+# What runs no kernel, besides views and what makes tensors without values.
 FREE = ("_unsafe_view", "lift_fresh", "record_stream", "resize_", "set_")
 # What must know values to know the size of its result.
 SIZED_BY_VALUES = ("bincount", "equal", "masked_select", "nonzero", "repeat_interleave", "unique_dim", "_unique2")
+COPIES = ("_to_copy", "copy_")
+FILLS = ("zero_", "fill_")  # write without reading
+INDEXING = ("index", "index_put", "index_put_", "index_put_impl_")
 # Coalesced collectives, which torch's fake process group lacks, and what one of them is made of.
 COALESCED = {
     "reduce_scatter_tensor_coalesced_": torch.ops.c10d._reduce_scatter_base_.default,
@@ -73,62 +76,55 @@ class Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
         if namespace == "c10d":
-            self._collective(name, args, tensors)
-            single = COALESCED.get(name)
-            if single is None:
-                return func(*args, **kwargs)
-            return [single(*pair, *args[2:], **kwargs) for pair in zip(*args[:2], strict=True)][-1][-1]
-        if name == "_local_scalar_dense":
-            if on_gpu:
-                self.add("wait", "item", tensors)
-            return {torch.bool: True}.get(tensors[0].dtype, 1.0 if tensors[0].is_floating_point() else 1)
-        if on_gpu and name in SIZED_BY_VALUES:
-            self.add("wait", name, tensors)
-            if name == "equal":
-                return False
-            if name == "nonzero":
-                return tensors[0].new_empty((self._rows(tensors[0]), tensors[0].dim()), dtype=torch.long)
-        if on_gpu and name.lstrip("_") in ("index", "index_put", "index_put_", "index_put_impl_"):
-            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
-            if masks:
-                fills = "put" in name and args[2].numel() == 1 and not args[2].is_cuda  # torch fills without looking
-                self.add("kernel" if fills else "wait", f"{name} by a mask", tensors)
-                rows = torch.empty(self._rows(masks[0]), dtype=torch.long, device=args[0].device)
-                args = (args[0], [rows], *args[2:])
+            return self._communicate(func, name, args, kwargs, tensors)
         if kwargs.get("pin_memory"):
-            made_pinned = func(*args, **{**kwargs, "pin_memory": False})
-            self._pinned.add(made_pinned.untyped_storage())
-            return made_pinned
-        if name == "is_pinned":
-            return args[0].untyped_storage() in self._pinned
-        if name == "_pin_memory":
-            pinned = args[0].clone()
-            self._pinned.add(pinned.untyped_storage())
-            return pinned
+            return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
+        if name in ("_pin_memory", "is_pinned"):
+            storage = args[0].untyped_storage()
+            return storage in self._pinned if name == "is_pinned" else self._pin(args[0].clone())
+        if on_gpu and (name == "_local_scalar_dense" or name in SIZED_BY_VALUES):
+            self.add("wait", "item" if name == "_local_scalar_dense" else name, tensors)
+        if (answer := self._answer(name, tensors[0] if tensors else None, on_gpu)) is not None:
+            return answer
+        if on_gpu and name.lstrip("_") in INDEXING:
+            args = self._without_masks(name, args, tensors)
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
             if tensor.is_cuda:
                 self._allocated(tensor, name)
-        if name in ("_to_copy", "copy_"):
+        if name in COPIES:
             source, target = (args[0], result) if name == "_to_copy" else (args[1], args[0])
-            if source.is_cuda == target.is_cuda:
-                if source.is_cuda:
-                    self.add("kernel", name, [source], [target])
-            else:
-                self._between_devices(
-                    source, target, bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-                )
+            non_blocking = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            self._copied(name, source, target, bool(non_blocking))
         elif (on_gpu or any(tensor.is_cuda for tensor in made)) and not is_free(func):
-            flops = flop_registry.get(func.overloadpacket)
-            self.add(
-                "kernel",
-                name,
-                () if name in ("zero_", "fill_") else tensors,
-                made,
-                flops(*args, **kwargs, out_val=result) if flops else 0,
-            )
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=result) if formula else 0
+            self.add("kernel", name, () if name in FILLS else tensors, made, flops)
         return result
+
+    def _answer(self, name: str, tensor: Tensor | None, on_gpu: bool) -> Any:
+        """Returns what the operation would tell of values that are not there; None where it needs none."""
+        if name == "_local_scalar_dense" and tensor is not None:
+            return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
+        if on_gpu and name == "equal":
+            return False
+        if on_gpu and name == "nonzero" and tensor is not None:
+            return tensor.new_empty((self._rows(tensor), tensor.dim()), dtype=torch.long)
+        return None
+
+    def _without_masks(self, name: str, args: tuple, tensors: list[Tensor]) -> tuple:
+        """Returns the arguments of an indexing operation with row numbers for a mask, after leaving its event."""
+        masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        if not masks:
+            return args
+        fills = "put" in name and args[2].numel() == 1 and not args[2].is_cuda  # torch fills without looking
+        self.add("kernel" if fills else "wait", f"{name} by a mask", tensors)
+        return args[0], [torch.empty(self._rows(masks[0]), dtype=torch.long, device=args[0].device)], *args[2:]
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        self._pinned.add(tensor.untyped_storage())
+        return tensor
 
     def add(
         self,
@@ -169,20 +165,29 @@ class Recorder(TorchDispatchMode):
     def _rows(self, mask: Tensor) -> int:
         return mask.numel() if self.num_true is None else self.num_true
 
-    def _between_devices(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+    def _copied(self, name: str, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        if source.is_cuda == target.is_cuda:
+            if source.is_cuda:
+                self.add("kernel", name, [source], [target])
+            return
         host = target if source.is_cuda else source
         direction = "device to host" if source.is_cuda else "host to device"
-        if non_blocking and host.untyped_storage() in self._pinned:
+        if host.untyped_storage() not in self._pinned:
+            self.add("wait", f"{direction}, pageable", [source])
+        elif non_blocking:
             self.add("copy", direction, [source])
         else:
-            why = "" if non_blocking else ", blocking"
-            self.add("wait", f"{direction}{why if host.untyped_storage() in self._pinned else ', pageable'}", [source])
+            self.add("wait", f"{direction}, blocking", [source])
 
-    def _collective(self, name: str, args: tuple, tensors: list[Tensor]) -> None:
+    def _communicate(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
         ranks = torch.distributed.get_process_group_ranks(torch.distributed.ProcessGroup.unbox(group))
         whole = max(tensors, key=torch.Tensor.numel)
         self.add("collective", name.strip("_"), [whole], ranks=tuple(ranks))
+        single = COALESCED.get(name)
+        if single is None:
+            return func(*args, **kwargs)
+        return [single(*pair, *args[2:], **kwargs) for pair in zip(*args[:2], strict=True)][-1][-1]
 
     def _allocated(self, tensor: Tensor, name: str) -> None:
         storage = tensor.untyped_storage()

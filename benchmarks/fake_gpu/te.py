@@ -31,8 +31,6 @@ DTYPES = dict(kByte=0, kInt32=2, kFloat32=4, kFloat16=5, kBFloat16=6, kFloat8E4M
 """Numbers of Transformer Engine's types; only that they differ matters here."""
 FORWARD = ("GEMM1_INPUT", "GEMM1_WEIGHT", "GEMM1_OUTPUT", "GEMM2_INPUT", "GEMM2_WEIGHT", "GEMM2_OUTPUT", "GEMM3_OUTPUT")
 BACKWARD = ("GRAD_OUTPUT1", "GRAD_INPUT1", "GRAD_OUTPUT2", "GRAD_INPUT2", "GRAD_OUTPUT3", "GRAD_INPUT3")
-
-
 MANY_TENSORS = [
     "scale",
     "scale_tensor",
