@@ -11,12 +11,12 @@ the model are those of `model.flops`: products counted once, attention as full r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from rich.table import Table
-from typer import Argument, BadParameter, Option
+from typer import BadParameter, Option
 
+from benchmarks.fake_gpu.options import Config, Images, Overrides, Packs, Samples, Text, World, build_load
 from benchmarks.fake_gpu.traces import Case, Event, Load, Trace, trace_all
 from common.console import build_console, count_text, run
 from model.flops import encoder_forward_flops, training_flops
@@ -185,27 +185,28 @@ def model_flops(config: RunConfig, load: Load) -> tuple[int, int]:
 
 
 def main(
-    config: Annotated[Path, Option(help="the recipe")],
+    config: Config,
     gpu: Annotated[str, Option(help=f"one of {', '.join(CHIPS)}")] = "h100",
-    world: Annotated[int, Option(help="processes", min=1)] = 8,
-    packs: Annotated[int, Option(help="packs of a process in a step", min=1)] = 1,
-    samples: Annotated[int, Option(help="samples of a pack", min=1)] = 16,
-    text: Annotated[int, Option(help="text tokens of a sample", min=1)] = 256,
-    images: Annotated[int, Option(help="images of a sample", min=0)] = 1,
-    overrides: Annotated[list[str] | None, Argument(help="settings of the recipe, as section.key=value")] = None,
+    world: World = 8,
+    packs: Packs = 1,
+    samples: Samples = None,
+    text: Text = 256,
+    images: Images = 1,
+    overrides: Overrides = None,
 ) -> None:
     """Predicts the time of a training step."""
     if gpu not in CHIPS:
         raise BadParameter(f"{gpu} is unknown; use {', '.join(CHIPS)}", param_hint="--gpu")
-    settings, load, chip = tuple(overrides or ()), Load(packs, samples, text, images), CHIPS[gpu]
+    settings, chip = tuple(overrides or ()), CHIPS[gpu]
     recipe = load_config(config, [*settings])
+    load = build_load(recipe, packs, samples, text, images)
     if recipe.parallel.pp > 1:
         raise BadParameter("a pipeline's idle time is not predicted; leave parallel.pp=1", param_hint="overrides")
     cases = [Case(config, (*settings, f"model.num_layers={n}"), load, world) for n in (2, 3)]
     two, three = trace_all(cases)
     found = at_layers(costs(two, chip), costs(three, chip), recipe.model.num_layers)
     total = sum(cost.seconds for cost in found.values())
-    load_text = f"{count_text(packs, 'pack')} of {samples} samples a process"
+    load_text = f"{count_text(packs, 'pack')} of {load.num_samples} samples a process"
     title = f"{config.stem}, {load_text}, {world} x {gpu}: predicted, not measured"
     console = build_console()
     console.print(as_table(title, summed(found, 0), total))

@@ -59,13 +59,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         ValueError: The base, the shards or the machine do not fit the configuration.
     """
     check_machine()
-    if config.log.nvtx and device.type != "cuda":
-        raise ValueError("log.nvtx=true names ranges for a GPU's profiler, and there is no GPU; use log.profile_steps")
-    if config.compute.precision == "fp8":
-        check_fp8(config.compute.fp8_recipe)
-    if config.compute.attention != "auto":
-        kernels, head_dim = installed_kernels(), config.model.head_dim
-        check_backend(config.compute.attention, device.type, compute_dtype(config.compute), head_dim, kernels)
+    check_kernels(config, device)
     found = base_model_config(config.init.base)
     if differing := differences(config.model, found):
         raise ValueError(
@@ -89,6 +83,21 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         source=source,
         run=describe_run(config, [shards.fingerprint for shards in sets], source.num_steps),
     )
+
+
+def check_kernels(config: RunConfig, device: torch.device) -> None:
+    """Makes sure that this machine has what a run computes with.
+
+    Raises:
+        ValueError: It has not; the message names the setting.
+    """
+    if config.log.nvtx and device.type != "cuda":
+        raise ValueError("log.nvtx=true names ranges for a GPU's profiler, and there is no GPU; use log.profile_steps")
+    if config.compute.precision == "fp8":
+        check_fp8(config.compute.fp8_recipe)
+    if config.compute.attention != "auto":
+        kernels, head_dim = installed_kernels(), config.model.head_dim
+        check_backend(config.compute.attention, device.type, compute_dtype(config.compute), head_dim, kernels)
 
 
 def assemble(

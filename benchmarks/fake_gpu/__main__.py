@@ -4,33 +4,35 @@ python -m benchmarks.fake_gpu --config configs/saisa-vicuna-7b-stage2.yaml --wor
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, get_args
 
 from rich.table import Table
-from typer import Argument, Option
+from typer import Option
 
-from benchmarks.fake_gpu.traces import Case, Kind, Load, trace_all
-from common.console import build_console, run
+from benchmarks.fake_gpu.options import Config, Images, Overrides, Packs, Samples, Text, World, build_load
+from benchmarks.fake_gpu.traces import Case, Kind, trace_all
+from common.console import UsageError, build_console, run
 from pipeline.config import load_config
 
 GB = 1e9
 
 
 def main(
-    config: Annotated[Path, Option(help="the recipe")],
-    world: Annotated[int, Option(help="processes", min=1)] = 8,
+    config: Config,
+    world: World = 8,
     rank: Annotated[int, Option(help="which of them is traced", min=0)] = 0,
-    packs: Annotated[int, Option(help="packs of a process", min=1)] = 1,
-    samples: Annotated[int, Option(help="samples of a pack", min=1)] = 16,
-    text: Annotated[int, Option(help="text tokens of a sample", min=1)] = 256,
-    images: Annotated[int, Option(help="images of a sample", min=0)] = 1,
-    overrides: Annotated[list[str] | None, Argument(help="settings of the recipe, as section.key=value")] = None,
+    packs: Packs = 1,
+    samples: Samples = None,
+    text: Text = 256,
+    images: Images = 1,
+    overrides: Overrides = None,
 ) -> None:
     """Traces a training step on a GPU that is not there."""
-    load_config(config, [*(overrides or ())])  # a mistake in it is told at once
-    load = Load(num_packs=packs, num_samples=samples, num_text=text, num_images=images)
-    [trace] = trace_all([Case(config, tuple(overrides or ()), load, world, rank)])
+    if rank >= world:
+        raise UsageError(f"--rank {rank} is none of --world {world}; use 0 to {world - 1}")
+    settings = tuple(overrides or ())
+    load = build_load(load_config(config, [*settings]), packs, samples, text, images)
+    [trace] = trace_all([Case(config, settings, load, world, rank)])
     console = build_console()
     console.print(
         f"bytes: {trace.start_bytes / GB:.1f}e9 at the start, {trace.resident_bytes / GB:.1f}e9 between steps, "
@@ -44,7 +46,7 @@ def main(
     for kind in get_args(Kind):
         table = Table(title=f"{kind}: {sum(count for (of, *_), count in counts.items() if of == kind):,}")
         for heading in ("times", "bytes", "what", "asked for by"):
-            table.add_column(heading, justify="right" if heading in ("times", "bytes") else "left")
+            table.add_column(heading, justify="right" if heading in ("times", "bytes") else "left", overflow="fold")
         for (of, name, source), count in counts.most_common():
             if of == kind:
                 table.add_row(f"{count:,}", f"{sizes[of, name, source]:,}", name, source)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode, fake_tensor
 
+CUDA = "13."  # the version of the runtime whose structures are written down here
+OTHER_TORCH = "`make setup` installs the torch of requirements.lock"
 NUM_DEVICES = 8
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -92,8 +94,13 @@ def install() -> None:
     """
     if Path("/proc/driver/nvidia").exists():  # torch must not be asked: it remembers what it answers first
         raise ValueError("there is a real GPU; trace on a machine without one")
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or torch.version.cuda is None:
-        raise ValueError("a fake GPU needs Linux on x86-64 and a torch that was built for CUDA")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise ValueError("a fake GPU needs Linux on x86-64")
+    if not (torch.version.cuda or "").startswith(CUDA):
+        raise ValueError(
+            f"a fake GPU needs a torch for CUDA {CUDA}x, and torch {torch.__version__} is for "
+            f"{torch.version.cuda or 'none'}; {OTHER_TORCH}"
+        )
     libraries = Path(torch.__file__).parent / "lib"
     runtime = ctypes.CDLL(_loaded("libcudart.so"))
     _overwrite(runtime, RUNTIME | dict.fromkeys(SUCCEED, SUCCESS))
@@ -156,13 +163,18 @@ def _answer_in_python() -> None:
 def _loaded(name: str) -> str:
     """Returns the path of a library that this process has loaded."""
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if Path(line.split()[-1]).name.startswith(name):
-            return line.split()[-1]
-    raise ValueError(f"torch has not loaded {name}")
+        path = line.split(maxsplit=5)[-1]  # which may have spaces
+        if Path(path).name.startswith(name):
+            return path
+    raise ValueError(f"torch {torch.__version__} has not loaded {name}, which a fake GPU replaces; {OTHER_TORCH}")
 
 
 def _address(library: ctypes.CDLL, function: str) -> int:
-    address = ctypes.cast(getattr(library, function), ctypes.c_void_p).value
+    try:
+        address = ctypes.cast(getattr(library, function), ctypes.c_void_p).value
+    except AttributeError:
+        lacking = f"{library._name} of torch {torch.__version__} has no {function}"
+        raise ValueError(f"{lacking}, which a fake GPU replaces; {OTHER_TORCH}") from None
     assert address is not None
     return address
 

@@ -35,7 +35,7 @@ from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.optimizer import owned_ranges, set_num_updates
-from pipeline.state import TrainState, assemble, build_stages
+from pipeline.state import TrainState, assemble, build_stages, check_kernels
 from pipeline.step import train_step
 
 
@@ -110,6 +110,7 @@ def _gather_own(boxes: list[Any], value: Any, group: Any = None) -> None:
 def build_state(config: RunConfig, load: Load) -> TrainState:
     """Returns the state at step 0, as `pipeline.state.build` does from a base and shards."""
     device, parallel = initialize_distributed(config.parallel), config.parallel
+    check_kernels(config, device)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, load.num_targets)
     layer, head = stage_costs(config.model, config.phase, *sizes)

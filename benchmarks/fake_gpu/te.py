@@ -24,6 +24,7 @@ from benchmarks.fake_gpu.recorder import Recorder
 from benchmarks.fake_gpu.te_fp8 import engine
 
 FOLDER = Path(sys.prefix) / "transformer-engine"
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 COMPILED = "transformer_engine_torch"
 NOT_INSTALLED = ("transformer_engine.pytorch.onnx_extensions", "einops")
 """What Transformer Engine's Python imports and a training step does not use."""
@@ -78,9 +79,8 @@ def install(recorder: Recorder) -> None:
     Raises:
         ValueError: Its Python part is not there.
     """
-    if not FOLDER.is_dir():
-        raise ValueError(f"{FOLDER} is missing, the Python part of Transformer Engine; `make setup` installs it")
-    sys.path.append(str(FOLDER))
+    check_version(FOLDER)
+    sys.path.insert(0, str(FOLDER))
     compiled: Any = _Module(COMPILED)
     compiled.DType = enum.IntEnum("DType", DTYPES)
     compiled.FP8FwdTensors = enum.IntEnum("FP8FwdTensors", FORWARD, start=0)
@@ -104,6 +104,20 @@ def install(recorder: Recorder) -> None:
         vars(sys.modules["transformer_engine"])["pytorch"] = sys.modules["transformer_engine.pytorch"]
     finally:
         del os.environ["NVTE_PROJECT_BUILDING"]
+
+
+def check_version(folder: Path) -> None:
+    """Makes sure that a folder has the Python of the version that the stand-ins are for.
+
+    Raises:
+        ValueError: It has not.
+    """
+    wanted = REQUIREMENTS.read_text().split("==")[-1].strip()
+    if not (folder / f"transformer_engine-{wanted}.dist-info").is_dir():
+        raise ValueError(
+            f"{folder}: no Python part of Transformer Engine {wanted}, which the stand-ins are for; remove it and "
+            f"{folder.with_name('.ready')}, then `make setup` installs it"
+        )
 
 
 def forget() -> None:
