@@ -19,7 +19,6 @@ from pipeline.data.batches import GlobalBatch
 from pipeline.distributed import broadcast_from_rank0, initialize_distributed, shutdown_distributed, told_once
 from pipeline.metrics import MetricsLog, check_log
 from pipeline.profiling import Profiler
-from pipeline.replicas import wait_for_weights
 from pipeline.state import TrainState, build
 from pipeline.step import train_step
 from pipeline.stop import STATUS, check_no_stop_file
@@ -61,6 +60,7 @@ def run_steps(state: TrainState) -> None:
                 log.say(problem)
             num_bad = len(state.bad_samples)
             profiler.before(state.step + 1)
+            state.is_writing = writer.is_writing()
             log.step(train_step(state, batch, wait_seconds))
             for file in profiler.after(state.step, state.step == state.source.num_steps or state.is_stopping):
                 log.say(f"wrote {file}")
@@ -70,10 +70,10 @@ def run_steps(state: TrainState) -> None:
                 log.say(f"left out: {reason}")
             if log.failure is not None:
                 state.stop.ask()  # which all learn in the next step
-            writer.poll()
+            if not state.is_any_writing:
+                writer.publish()
             if due(state):
                 started = time.monotonic()
-                wait_for_weights(state.wrapped)
                 writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
                 state.phases.add("save", time.monotonic() - started)
             if state.is_stopping:

@@ -56,17 +56,7 @@ def sum_gradients(chunks: list[Module], _: Tensor, **settings: Any) -> None:
 
 def gather_weights(wrapped: list[DistributedDataParallel]) -> None:
     """Asks all replicas for the weights that they have updated, without a wait; the first layers' come first."""
-    for bucket in _buckets_to_gather(wrapped):
-        bucket.start_param_sync()
-
-
-def wait_for_weights(wrapped: list[DistributedDataParallel]) -> None:
-    """Waits until the weights are whole, for what is no forward pass, such as a checkpoint and the end of a run."""
-    for bucket in _buckets_to_gather(wrapped):
-        bucket.finish_param_sync(skip_next_bucket_dispatch=True)
-
-
-def _buckets_to_gather(wrapped: list[DistributedDataParallel]) -> list[Any]:
-    """Returns the buckets in the order of a forward pass; none if the update has collected the weights already."""
-    chunks = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
-    return [bucket for chunk in chunks for bucket in reversed(chunk.bucket_groups)]
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:  # or else the update has collected them already
+            for bucket in reversed(chunk.bucket_groups):
+                bucket.start_param_sync()

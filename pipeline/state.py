@@ -48,6 +48,8 @@ class TrainState:
     phases: Phases
     step: int = 0
     is_stopping: bool = False
+    is_writing: bool = False  # this process still writes a checkpoint, in the background
+    is_any_writing: bool = False  # any process did, in the step before
     bad_samples: dict[int, str] = field(default_factory=dict)
     own_seconds: float = 0.0  # of the step before, until it waited for others
 

@@ -30,7 +30,8 @@ from pipeline.state import TrainState
 def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> StepMetrics:
     """Runs one optimizer step over a global batch and returns what it measured.
 
-    Once any process has been asked to stop, `state.is_stopping` is set on all.
+    Once any process has been asked to stop, `state.is_stopping` is set on all, and `state.is_any_writing` as long as
+    any of them `is_writing`.
 
     Raises:
         ValueError: no sample has a target, the targets are not those of the plan, or the loss or the gradient norm is
@@ -52,7 +53,7 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     outcome = read_outcome(totals, clip_gradients(state.optimizer))
     phase_seconds, (slowest_rank, slowest_fraction) = phases.read(), slowest(outcome.own_seconds)
     state.own_seconds = own_seconds(phase_seconds)
-    state.is_stopping = outcome.is_stopping
+    state.is_stopping, state.is_any_writing = outcome.is_stopping, outcome.is_writing
     loss = check_outcome(outcome, batch, state.config)
     with phases("optimizer"):
         update_weights(state.optimizer)
@@ -123,6 +124,7 @@ class Outcome(NamedTuple):
     loss_sum: float
     num_targets: float
     num_stopping: float
+    num_writing: float
     own_seconds: tuple[float, ...]
     grad_norm: float
 
@@ -131,16 +133,21 @@ class Outcome(NamedTuple):
         """Whether any process was asked to stop."""
         return self.num_stopping > 0
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether any process still writes a checkpoint in the background."""
+        return self.num_writing > 0
+
 
 def read_outcome(totals: Tensor, grad_norm: Tensor) -> Outcome:
     """Returns what a step came to. Here, and nowhere else in a step, the host waits for the GPU.
 
     The update of the weights is still to come, so that the GPU is busy while the host prepares the next step.
     """
-    loss_sum, num_targets, num_stopping, *own, norm = read_values(
+    loss_sum, num_targets, num_stopping, num_writing, *own, norm = read_values(
         torch.cat([totals, grad_norm.to(totals.device).double()])
     )
-    return Outcome(loss_sum, num_targets, num_stopping, tuple(own), norm)
+    return Outcome(loss_sum, num_targets, num_stopping, num_writing, tuple(own), norm)
 
 
 def check_outcome(outcome: Outcome, batch: GlobalBatch, config: RunConfig) -> float:
@@ -202,9 +209,10 @@ def forward_step(
 
 
 def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -> Tensor:
-    """Returns f64[3 + processes] on every process: the sums of losses and targets, how many are asked to stop, seconds.
+    """Returns f64[4 + processes] on every process, summed over all.
 
-    The seconds are each process's own, of the step before.
+    Losses, targets, how many are asked to stop, how many still write a checkpoint; then the seconds of each process,
+    its own, of the step before.
 
     Only last stages bring losses, the same ones on all their tensor-parallel ranks; all processes of a replica have the
     same targets.
@@ -219,6 +227,7 @@ def sum_over_replicas(sums: list[Tensor], num_targets: int, state: TrainState) -
             torch.stack(sums).sum().double() if is_last else number(0),
             number(num_targets if state.groups.mp.rank() == 0 else 0),
             number(state.stop.has_come()),
+            number(state.is_writing),
         ]
     )
     own = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64, device=state.device)

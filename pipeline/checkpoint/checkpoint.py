@@ -100,7 +100,8 @@ def sharded_state(
 ) -> dict[str, Any]:
     """Returns what this process has of a run's state, described so that it can be put together differently.
 
-    Of trained weights a process writes those that it updates, and reads all that its stages have.
+    Of trained weights a process writes those that it updates, whether or not it has collected the others' since, and
+    reads all that its stages have.
     """
     state: dict[str, Any] = {}
     trained: list[Whole] = []

@@ -26,7 +26,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from rich.filesize import decimal
@@ -50,7 +50,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; a context manager that ends when the last is whole.
 
     In the background, training goes on as soon as the state is copied; a process forked from each writes and hashes its
-    part, and `poll`, called by all after every step, gives the checkpoint its name once every part is there.
+    part. `is_writing` asks no other process: each step sums it up with its loss, and when nobody writes any more, all
+    call `publish`, which gives the checkpoint its name.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.run, self.extra_info = run_dir / "checkpoints", run, extra_info
         self.keep_last, self.in_background, self.say = keep_last, in_background, say
-        self.calls = AsyncCallsQueue()
+        self.child = TemporalAsyncCaller()
+        self.finish: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         broadcast_from_rank0(self._remove_old)  # a kill may have come before
@@ -72,10 +74,9 @@ class CheckpointWriter:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
-            self.poll(wait=True)
-            return
-        for call in self.calls.async_calls:
-            call.async_caller.close(abort=True)
+            self.publish()
+        else:
+            self.child.close(abort=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the state (from `sharded_state`) after `step` optimizer steps.
@@ -83,7 +84,7 @@ class CheckpointWriter:
         Raises:
             OSError: On every process: one could not write.
         """
-        self.poll(wait=True)
+        self.publish()
         part = self.folder / f"step-{step:08d}.part"
         broadcast_from_rank0(lambda: self._make(part))
         strategy, answer = _Plan(thread_count=FILES_PER_PROCESS), _Answer()
@@ -96,27 +97,30 @@ class CheckpointWriter:
         else:
             write = partial(_write_part, strategy.writer.transforms, part)
             request = request._replace(async_fn=partial(_as_child, os.getpid(), write) if self.in_background else write)
-        request = request._replace(finalize_fns=[lambda: self._publish(step, part, strategy, answer)])
+        request = request._replace(finalize_fns=[])
+        self.finish = partial(self._finish, step, part, strategy, answer)
         if self.in_background:
-            self.calls.schedule_async_request(request)
+            self.child.schedule_async_call(request)
         else:
             request.execute_sync()
+            self.publish()
 
-    def poll(self, wait: bool = False) -> None:
-        """Publishes a checkpoint that is written on every process.
+    def is_writing(self) -> bool:
+        """Whether this process's part of a checkpoint is still being written."""
+        return self.child.process is not None and self.child.process.is_alive()
 
-        Raises:
-            OSError: On every process: one could not write.
-        """
-        if self.calls.get_num_unfinalized_calls():
-            self.calls.maybe_finalize_async_calls(blocking=wait)
-
-    def _publish(self, step: int, part: Path, strategy: "_Plan", answer: "_Answer") -> None:
-        """Gives a written checkpoint its name; all processes call it.
+    def publish(self) -> None:
+        """Gives what is written its name, after waiting for all who still write; all processes call it.
 
         Raises:
-            OSError: On all of them: one could not write, hash or name its part.
+            OSError: On every process: one could not write, hash or name its part.
         """
+        finish, self.finish = self.finish, None
+        if finish is not None:
+            self.child.close()
+            finish()
+
+    def _finish(self, step: int, part: Path, strategy: "_Plan", answer: "_Answer") -> None:
         rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         answers: list[Any] | None = [None] * num_ranks if rank == 0 else None
         torch.distributed.gather_object(answer.get(), answers, dst=0)

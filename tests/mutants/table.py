@@ -54,6 +54,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (" + batch.counts.num_images * state.flops_per_image", "", STEP),
         ("- started + wait_seconds", "- started", STEP),
         ("bool(sums) and state.groups.tp.rank() == 0", "bool(sums)", f"{SPLIT}[pretrain-TP2]"),
+        ("number(state.is_writing)", "number(0)", f"{TRAIN}::test_checkpoints_written_in_the_background_are_the_same"),
         ("torch.distributed.all_reduce(values)", "pass", f"{SPLIT}[pretrain-DP2]"),
         (
             "if not math.isfinite(loss):",
@@ -68,7 +69,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pipeline/replicas.py": [
         ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", "benchmarks/test_fake_gpu.py"),
-        ("in reversed(chunk.bucket_groups)", "in chunk.bucket_groups", "benchmarks/test_fake_gpu.py"),
+        ("in reversed(chunk.bucket_groups):", "in chunk.bucket_groups:", "benchmarks/test_fake_gpu.py"),
         ("else no_sync[0]", "else None", f"{SPLIT}[pretrain-DP2]"),
     ],
     "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
@@ -92,6 +93,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             f"{TRAIN}::test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on",
         ),
         ("restore(state)\n", "pass\n", KILLED),
+        (
+            "if not state.is_any_writing:",
+            "if True:",
+            f"{TRAIN}::test_checkpoints_written_in_the_background_are_the_same",
+        ),
     ],
     "pipeline/stop.py": [
         (

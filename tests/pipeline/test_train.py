@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from common.files import locked
 from model.weights import SHARED, read_safetensors
 from pipeline import loop as training
 from pipeline import step as step_module
+from pipeline.checkpoint import writer as checkpoint_writer
 from pipeline.checkpoint.checkpoint import choose_checkpoint, load_trained_parameters
 from pipeline.checkpoint.run_info import find_checkpoint, latest_checkpoint
 from pipeline.distributed import initialize_distributed, shutdown_distributed
@@ -226,11 +228,31 @@ def test_a_file_stops_a_run_for_as_long_as_it_is_there(stage2, tmp_path, monkeyp
     assert losses(config.run_dir) == losses(stage2.run_dir)
 
 
-def test_checkpoints_written_in_the_background_are_the_same(stage2, tmp_path):
+def test_checkpoints_written_in_the_background_are_the_same(stage2, tmp_path, monkeypatch):
+    """And training goes on beside them: the first is written once the fourth step has begun, and not before."""
     settings = stage2.checkpoint.model_copy(update={"in_background": True})
-    config = stage2.model_copy(update={"run_dir": tmp_path, "checkpoint": settings})
+    config = stage2.model_copy(update={"run_dir": tmp_path / "run", "checkpoint": settings})
+    real_step, real_digests, saved = training.train_step, checkpoint_writer.own_digests, []
+
+    def step(state, batch, *rest):
+        saved.append(len([*(config.run_dir / "checkpoints").glob("step-????????")]))
+        if batch.step == 3:
+            (tmp_path / "go on").touch()
+        return real_step(state, batch, *rest)
+
+    def digests(*args):
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "go on").exists():
+            assert time.monotonic() < deadline, "training waits"
+            time.sleep(0.01)
+        return real_digests(*args)
+
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(checkpoint_writer, "own_digests", digests)
     train(config)
-    names = [sorted(folder.name for folder in (run / "checkpoints").iterdir()) for run in (tmp_path, stage2.run_dir)]
+    assert saved[:4] == [0, 0, 0, 0]
+    runs = (config.run_dir, stage2.run_dir)
+    names = [sorted(folder.name for folder in (run / "checkpoints").iterdir()) for run in runs]
     assert names[0] == names[1] == ["step-00000002", "step-00000004", "step-00000006"]
     first, second = load_trained(config), load_trained(stage2)
     assert all(torch.equal(first[name], second[name]) for name in second)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import writer as checkpoint_writer
 from pipeline.checkpoint.checkpoint import load_trained_parameters, restore_checkpoint, sharded_state
-from pipeline.checkpoint.run_info import describe_run, find_checkpoint, read_info
+from pipeline.checkpoint.run_info import describe_run, find_checkpoint, latest_checkpoint, read_info
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.state import build
@@ -155,7 +155,7 @@ def save_where_writing_is_forbidden(folder, run, in_background: bool) -> str:
     state = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(2))}
     with pytest.raises(OSError) as error, writer(folder, run, in_background) as checkpoints:
         checkpoints.save(3, state)
-        checkpoints.poll(wait=True)
+        checkpoints.publish()
         (folder / "checkpoints").chmod(0o555)
         checkpoints.save(6, state)
     (folder / "checkpoints").chmod(0o755)
@@ -195,6 +195,35 @@ def test_a_writer_that_is_killed_is_one_line(run, tmp_path, monkeypatch):
         writer(tmp_path, run, True) as checkpoints,
     ):
         checkpoints.save(3, state_of(2))
+
+
+def test_whether_a_process_writes_is_asked_of_itself_alone(run, tmp_path, monkeypatch):
+    """A collective in each step beside a save would let its host wait for the GPU."""
+
+    def may_not_be_called(*args, **kwargs):
+        raise AssertionError("a collective")
+
+    go_on, real_digests = tmp_path / "go on", checkpoint_writer.own_digests
+
+    def digests(*args):
+        while not go_on.exists():
+            time.sleep(0.01)
+        return real_digests(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "own_digests", digests)
+    with writer(tmp_path, run, True) as checkpoints:
+        assert not checkpoints.is_writing()
+        checkpoints.save(3, state_of(2))
+        with monkeypatch.context() as patch:
+            for name in ("all_reduce", "all_gather_object", "gather_object", "broadcast_object_list", "barrier"):
+                patch.setattr(torch.distributed, name, may_not_be_called)
+            assert checkpoints.is_writing()
+            go_on.touch()
+            while checkpoints.is_writing():
+                time.sleep(0.01)
+        assert latest_checkpoint(tmp_path) is None
+        checkpoints.publish()
+        assert latest_checkpoint(tmp_path) is not None
 
 
 def test_a_writer_ends_with_a_run_that_fails(run, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.optimizer import num_updates, owned_ranges
 from pipeline.state import TrainState, build
-from tests.pipeline.test_parallel import divided
+from tests.pipeline.test_parallel import divided, trained_parameters
 from tests.processes import run_together
 
 ELEMENT_BYTES = 4 + 4 + 4 + 4  # of a trained element in fp32: the model's weight, the optimizer's, two moments
@@ -64,6 +64,7 @@ def hold_no_more_than_their_own(config: RunConfig, before, num_elements: int, la
         step = restore_checkpoint(before, state.run, state.stages, state.optimizer, state.groups)
     assert loading.largest <= largest
     assert loading.total <= num_elements * 4  # of weights, which all have, those that another read
+    forget_what_others_own(state)
     with (
         Made() as saving,
         CheckpointWriter(config.run_dir, state.run, {"config": {}}, 1, False, lambda line: None) as writer,
@@ -76,6 +77,16 @@ def hold_no_more_than_their_own(config: RunConfig, before, num_elements: int, la
     return written
 
 
+@torch.no_grad()
+def forget_what_others_own(state: TrainState) -> None:
+    """Spoils the weights that other processes have updated, as if they were still being collected."""
+    own = {owned.parameter: (owned.start, owned.stop) for owned in owned_ranges(state.optimizer)}
+    for parameter in state.stages[0].parameters():
+        start, stop = own.get(parameter, (0, 0))
+        flat = parameter.view(-1)
+        flat[:start], flat[stop:] = torch.nan, torch.nan
+
+
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_process_holds_or_writes_what_another_owns(deep_stage2, tmp_path, num_processes):
     """Of a checkpoint that one process wrote, and of one written with as many."""
@@ -84,6 +95,7 @@ def test_no_process_holds_or_writes_what_another_owns(deep_stage2, tmp_path, num
     sizes = [parameter.numel() for stage in state.stages for parameter in stage.parameters()]
     shutdown_distributed()
     before = find_checkpoint(deep_stage2.run_dir)
+    expected = trained_parameters(deep_stage2)
     for name in ("first", "second"):
         config = divided(deep_stage2, tmp_path / name)
         hold = partial(hold_no_more_than_their_own, config, before, sum(sizes), max(sizes) * 4)
@@ -91,6 +103,8 @@ def test_no_process_holds_or_writes_what_another_owns(deep_stage2, tmp_path, num
         assert sum(written) == sum(sizes) * ELEMENT_BYTES
         assert max(written) <= sum(sizes) * ELEMENT_BYTES / num_processes * 1.02  # buffers are filled up
         before = find_checkpoint(config.run_dir)
+    found = trained_parameters(config)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def states_of_the_shared_projector(config: RunConfig, checkpoint) -> dict[str, list[list[float]]]:
