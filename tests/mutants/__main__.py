@@ -24,7 +24,7 @@ from common.console import UsageError, run
 from tests.mutants.table import MUTANTS
 from tests.source_files import ROOT, source_files
 
-FOLDERS = ("common", "configs", "data_prep", "model", "orchestration", "pipeline", "tests")
+FOLDERS = ("benchmarks", "common", "configs", "data_prep", "model", "orchestration", "pipeline", "tests")
 LIBRARIES = (
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",

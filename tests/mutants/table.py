@@ -19,6 +19,8 @@ TEMPLATES = "pipeline/data/test_templates.py"
 CHECKPOINT = "pipeline/checkpoint/test_checkpoint.py"
 OWNED = "pipeline/checkpoint/test_owned.py"
 INTEGRITY = "pipeline/checkpoint/test_integrity.py::test_every_process_learns_what_any_of_them_found[1]"
+FAKE_GPU = "benchmarks/test_fake_gpu.py"
+SUMS = f"{FAKE_GPU}::test_gradients_are_summed_during_the_backward_pass_and_weights_collected_after_the_update"
 SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
 SAISA = "model/test_saisa.py"
@@ -68,8 +70,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "pipeline/replicas.py": [
-        ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", "benchmarks/test_fake_gpu.py"),
-        ("in reversed(chunk.bucket_groups):", "in chunk.bucket_groups:", "benchmarks/test_fake_gpu.py"),
+        ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", SUMS),
+        ("in reversed(chunk.bucket_groups):", "in chunk.bucket_groups:", SUMS),
         ("else no_sync[0]", "else None", f"{SPLIT}[pretrain-DP2]"),
     ],
     "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
