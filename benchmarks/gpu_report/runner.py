@@ -5,6 +5,7 @@ after each part. So a run that is cut, or a part that crashes, loses nothing els
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from benchmarks.gpu_report.tables import Result, write_report
 from common.version import code_version
 
 TOTAL_SECONDS = 540
+MAX_SAID = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Part:
         """The name of the file with its rows, other parts' unlike."""
         return "-".join([self.name, *map(str, self.arguments)]) + ".jsonl"
 
+    @property
+    def log(self) -> str:
+        """The name of the file with what its process said."""
+        return self.file.replace(".jsonl", ".log")
+
 
 PARTS = [
     Part("machine", "Machine", limit_seconds=40),
@@ -60,7 +67,7 @@ PARTS = [
 
 def run_part(part: Part, folder: Path, is_dry: bool, limit_seconds: float) -> Result:
     """Returns what a part found, in a process of its own that is killed when its time is over."""
-    started, file = time.monotonic(), folder / part.file
+    started, file, log = time.monotonic(), folder / part.file, folder / part.log
     process = starter(is_dry).Process(target=enter_part, args=(part, folder, is_dry))
     process.start()
     process.join(limit_seconds)
@@ -69,8 +76,17 @@ def run_part(part: Part, folder: Path, is_dry: bool, limit_seconds: float) -> Re
         process.kill()
         process.join()
         status = f"cut after {limit_seconds:.0f} s"
+    if status != "done":
+        status += last_said(log)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return Result(part.what, status, time.monotonic() - started, rows)
+
+
+def last_said(log: Path) -> str:
+    """Returns the last line that a part said, as an addition to how it ended; nothing if it was silent."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    said = [line.strip() for line in lines if line.strip()]
+    return f"; it last said: {said[-1][:MAX_SAID]}" if said else ""
 
 
 def starter(is_dry: bool) -> Any:
@@ -86,7 +102,10 @@ def starter(is_dry: bool) -> Any:
 
 
 def enter_part(part: Part, folder: Path, is_dry: bool) -> None:
-    """Runs a part in this process; each row it records is on the disk at once."""
+    """Runs a part in this process; each row it records is on the disk at once, and what is said."""
+    with (folder / part.log).open("wb") as log:
+        for output in (1, 2):
+            os.dup2(log.fileno(), output)
     if part.hides_gpu or is_dry:
         import_module("benchmarks.gpu_report.no_gpu")
     parts = import_module("benchmarks.gpu_report.parts")  # and torch: not before the GPUs are hidden

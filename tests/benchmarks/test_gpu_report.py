@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ def test_every_part_runs_without_a_gpu(tmp_path):
 
 def a_part(part: Part, folder, is_dry: bool) -> None:
     (folder / part.file).write_text('{"what": "found in time", "value": 1.5}\n')
+    (folder / part.log).write_text(f"begins\nabout to {part.name}\n\n")
     if part.name == "late":
         time.sleep(60)
     if part.name == "crash":
@@ -41,7 +43,11 @@ def test_what_is_cut_or_crashes_loses_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "enter_part", a_part)
     parts = [Part("late", "Late", limit_seconds=3), Part("crash", "Crash"), Part("fine", "Fine")]
     results = make_report(parts, tmp_path, tmp_path, is_dry=True)
-    assert [result.status for result in results] == ["cut after 3 s", "failed: exit status -6", "done"]
+    assert [result.status for result in results] == [
+        "cut after 3 s; it last said: about to late",
+        "failed: exit status -6; it last said: about to crash",
+        "done",
+    ]
     assert all(result.rows == [{"what": "found in time", "value": 1.5}] for result in results)
     monkeypatch.setattr(runner, "TOTAL_SECONDS", 0)
     assert make_report(parts[2:], tmp_path, tmp_path, is_dry=True)[0].status == "left out: 0 s were over"
@@ -58,6 +64,23 @@ def test_rows_become_a_table_with_a_column_for_each_name():
     ]
 
 
-def test_a_dry_run_never_writes_to_docs():
-    with pytest.raises(ValueError, match="--dry-run measures nothing; give --out FOLDER"):
-        main(DOCS, dry_run=True)
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"dry_run": True}, "--dry-run measures nothing; give --out FOLDER"),
+        ({"only": "step"}, "--only leaves parts out; give --out FOLDER"),
+        ({"only": "nothing"}, "--only nothing is in no heading; there are: Machine; "),
+        ({}, "gpu-report needs a CUDA GPU"),
+    ],
+)
+def test_docs_get_the_whole_report_of_a_gpu_or_none(options, refusal, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    for out in (DOCS, Path("docs")):
+        with pytest.raises(ValueError, match=refusal):
+            main(out, **options)
+
+
+def test_a_part_that_fails_says_why(tmp_path):
+    part = Part("losses", "Losses", ("gpu",))  # without those of the CPU before
+    [result] = make_report([part], tmp_path, tmp_path, is_dry=True)
+    assert result.status.startswith("failed: exit status 1; it last said: FileNotFoundError: ")
