@@ -125,7 +125,7 @@ def kind_of(event: Event) -> str:
     """Returns the line of the table that an event belongs to."""
     if event.kind != "kernel":
         return event.kind
-    if event.source.startswith("model/hf/"):
+    if event.source.startswith("model/hf/") or event.name == "te.qgelu":
         return "encoder"
     if is_attention(event):
         return "attention"

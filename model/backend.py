@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Any, Self, cast
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE, te_checkpoint, te_parallel_cross_entropy
+from megatron.core.extensions.transformer_engine import HAVE_TE, te, te_checkpoint, te_parallel_cross_entropy
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -169,6 +169,26 @@ class _Stateless(Module):
         return self._hidden[0](x)
 
 
+def quick_gelu() -> Module:
+    """Returns x * sigmoid(1.702 x) as one kernel of Transformer Engine, where it is used; torch runs three."""
+    return _Stateless(te.pytorch.ops.QGELU())
+
+
+def overwrite_gradients(model: Module) -> list[Tensor]:
+    """Lets the first pack of a step overwrite weight gradients, and returns those weights: nobody need clear them.
+
+    Transformer Engine can where it adds weight gradients within the products: in the pass of its first micro-batch it
+    adds to nothing, and without rows it writes zeros. A layer that is computed again has forgotten which one is first.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "fuse_wgrad_accumulation", False)]
+    if not layers or cast(Any, model).config.recompute_granularity is not None:
+        return []
+    for layer in layers:
+        cast(Any, layer).is_first_microbatch = True  # until its next forward pass
+    weights = [cast(Tensor, layer.weight) for layer in layers]
+    return [weight for weight in weights if weight.requires_grad]
+
+
 def no_init(weight: Tensor) -> None:
     """Initialises nothing: every weight is loaded, see `model.weights`."""
 
@@ -209,7 +229,13 @@ class LayerBuilder:
         )
 
     def row_parallel(self, input_size: int, output_size: int, bias: bool = False) -> Module:
-        """Returns a linear layer whose input features are divided over the tensor-parallel group."""
+        """Returns a linear layer whose input features are divided over the tensor-parallel group.
+
+        On a process that has them all a bias is added within the product, as column-parallel layers do; behind a sum
+        over processes it takes two kernels more.
+        """
+        if bias and self.tp_group.size() == 1:
+            return self.column_parallel(input_size, output_size, bias)
         return self.provider.row_parallel_linear()(
             input_size,
             output_size,

@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers.activations import QuickGELUActivation
 
-from model.config import VisionConfig
+from model.backend import has_fused_kernels, quick_gelu
+from model.compute import compute_dtype
+from model.config import ComputeConfig, VisionConfig
 from model.flops import encoder_forward_flops
-from model.hf.vision_saisa import VisionTower, stored_name
+from model.hf.vision_saisa import MLP, VisionTower, stored_name
 from model.hf_read import load_config
 from model.weights import read_safetensors
 
@@ -43,6 +46,15 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     tower = VisionTower(config.vision_config, config.vision_select_layer)
     tower.load_state_dict(weights, strict=False)
     return tower.to(device, dtype)
+
+
+def fuse_activations(tower: VisionTower, compute: ComputeConfig) -> None:
+    """Lets an encoder compute CLIP's activation in one kernel, where Transformer Engine has it."""
+    if not has_fused_kernels(compute, compute_dtype(compute)):
+        return
+    for module in tower.modules():
+        if isinstance(module, MLP) and isinstance(module.activation, QuickGELUActivation):
+            module.activation = quick_gelu()
 
 
 def flops_per_image(base: Path, vision: VisionConfig) -> int:

@@ -7,12 +7,14 @@ its own when it runs, and until the first one does, the images of the next step 
 
 from typing import Any, cast
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
+from model.backend import overwrite_gradients
 from model.parallel import ParallelConfig
 from model.saisa import SaisaModel
 
@@ -52,6 +54,23 @@ def wrap(
 def sum_gradients(chunks: list[Module], _: Tensor, **settings: Any) -> None:
     """Sums the gradients of all replicas, for megatron-core's schedules; without a number it divides by nothing."""
     finalize_model_grads(chunks, None, **settings)
+
+
+def clear_gradients(wrapped: list[DistributedDataParallel]) -> None:
+    """Sets all gradients to zero but those that the first pack of the step overwrites, which are nearly all of them."""
+    for chunk in wrapped:
+        overwritten = {id(weight) for weight in overwrite_gradients(chunk.module)}
+        if not overwritten:
+            chunk.zero_grad_buffer()
+            continue
+        for parameter in chunk.params_with_grad:  # and then what `zero_grad_buffer` does besides
+            parameter.grad_added_to_main_grad = False
+        for bucket in chunk.bucket_groups:
+            bucket.reset()
+        others = [parameter for parameter in chunk.params_with_grad if id(parameter) not in overwritten]
+        torch._foreach_zero_(  # pyright: ignore[reportPrivateImportUsage]
+            [parameter.main_grad for parameter in others]
+        )
 
 
 def gather_weights(wrapped: list[DistributedDataParallel]) -> None:

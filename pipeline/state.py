@@ -17,7 +17,7 @@ from model.flops import stage_costs
 from model.hf.vision_saisa import VisionTower
 from model.parallel import split_layers, stages_of_rank
 from model.saisa import SaisaModel
-from model.vision import flops_per_image, load_vision_tower
+from model.vision import flops_per_image, fuse_activations, load_vision_tower
 from pipeline.checkpoint.run_info import RunInfo, describe_run
 from pipeline.config import RunConfig
 from pipeline.data.batches import BatchSource, RankCoordinates, build_source, load_table, open_shards
@@ -113,6 +113,7 @@ def assemble(
     run: RunInfo,
 ) -> TrainState:
     """Returns the state at step 0 around stages that have their weights, trainable as the phase wants."""
+    fuse_activations(tower, config.compute)
     wrapped = make_trainable(config, stages, groups)
     phases, schedule = Phases(device, config.log.nvtx), wrapped[0].config  # which all chunks share
     assert schedule.finalize_model_grads_func is not None

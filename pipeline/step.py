@@ -22,7 +22,7 @@ from pipeline.data.batches import GlobalBatch
 from pipeline.metrics import StepMetrics, peak_memory, reserved_memory
 from pipeline.optimizer import clip_gradients, learning_rate, update_weights
 from pipeline.phases import own_seconds, slowest
-from pipeline.replicas import gather_weights
+from pipeline.replicas import clear_gradients, gather_weights
 from pipeline.stage_messages import StageMessages
 from pipeline.state import TrainState
 
@@ -44,7 +44,8 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
     if not batch.counts.num_targets:
         raise ValueError(nothing_to_learn(batch, state.config.data))
     rate = set_learning_rate(state, batch.step)
-    clear_gradients(state)
+    clear_gradients(state.wrapped)
+    state.optimizer.zero_grad()
     with phases("encode"):
         inputs = model_inputs(state, batch)
     with phases("forward_backward"):
@@ -85,13 +86,6 @@ def set_learning_rate(state: TrainState, step: int) -> float:
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def clear_gradients(state: TrainState) -> None:
-    """Sets all gradients to zero, and lets go of the optimizer's."""
-    for chunk in state.wrapped:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
 
 
 def forward_and_backward(

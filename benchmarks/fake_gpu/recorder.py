@@ -29,7 +29,7 @@ FREE = ("_unsafe_view", "lift_fresh", "record_stream", "resize_", "set_")
 # What must know values to know the size of its result.
 SIZED_BY_VALUES = ("bincount", "equal", "masked_select", "nonzero", "repeat_interleave", "unique_dim", "_unique2")
 COPIES = ("_to_copy", "copy_")
-FILLS = ("zero_", "fill_")  # write without reading
+FILLS = ("zero_", "fill_", "_foreach_zero_")  # write without reading
 INDEXING = ("index", "index_put", "index_put_", "index_put_impl_")
 # Coalesced collectives, which torch's fake process group lacks, and what one of them is made of.
 COALESCED = {
@@ -100,7 +100,8 @@ class Recorder(TorchDispatchMode):
         elif (on_gpu or any(tensor.is_cuda for tensor in made)) and not is_free(func):
             formula = flop_registry.get(func.overloadpacket)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            self.add("kernel", name, () if name in FILLS else tensors, made, flops)
+            taken, made = ([], tensors) if name in FILLS else (tensors, made)
+            self.add("kernel", name, taken, made, flops)
         return result
 
     def _answer(self, name: str, tensor: Tensor | None, on_gpu: bool) -> Any:
@@ -214,7 +215,7 @@ def is_free(func: Any) -> bool:
     """Whether an operation runs no kernel: it makes a view, or a tensor without values, or tells something."""
     name, returns = func._schema.name.partition("::")[2], func._schema.returns
     is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
-    tells = not any("Tensor" in str(value.type) for value in returns)
+    tells = not any("Tensor" in str(value.type) for value in returns) and not name.startswith("_foreach")
     return is_view or tells or name in FREE or name.startswith(("empty", "new_empty"))
 
 

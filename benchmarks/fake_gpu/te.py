@@ -159,6 +159,9 @@ def _matrix_products(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         gelu: bool,
         gelu_in: Tensor | None,
         grad: bool,
+        workspace: Tensor,
+        workspace_size: int,
+        accumulate: bool,
         *rest: Any,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -180,7 +183,7 @@ def _matrix_products(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         if grad and bias is not None:
             assert b_values is b, "an 8-bit product gives no bias gradient"
             bias_grad = torch.empty(b_size[-1], dtype=bias.dtype, device=b.device)
-        inputs = [x for x in (a_values, b_values, bias) if x is not None]
+        inputs = [x for x in (a_values, b_values, bias, out if accumulate else None) if x is not None]
         recorder.add("kernel", "te.gemm", inputs, [out], flops=2 * num_rows * num_columns * num_inner)
         return out, bias_grad, None, None
 
@@ -196,6 +199,10 @@ def _elementwise(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         out = torch.empty(shape, dtype=inputs[0].dtype, device=inputs[0].device)
         recorder.add("kernel", f"te.{name}", inputs, [out])
         return out
+
+    def qgelu(x: Tensor, quantizer: Any) -> Tensor:
+        assert quantizer is None, "no stand-in for an activation that quantizes"
+        return kernel("qgelu", [x], x.shape)
 
     def swiglu(x: Tensor, quantizer: Any, *_: Any) -> Tensor:
         assert quantizer is None, "no stand-in for an activation that quantizes"
@@ -213,7 +220,7 @@ def _elementwise(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         return work
 
     ropes = {name: rope(name) for name in ("fused_rope_forward", "fused_rope_backward")}
-    return {"swiglu": swiglu, "dswiglu": dswiglu, **ropes}
+    return {"qgelu": qgelu, "swiglu": swiglu, "dswiglu": dswiglu, **ropes}
 
 
 def _many_tensors(recorder: Recorder) -> dict[str, Callable[..., Any]]:

@@ -99,6 +99,35 @@ def test_gradients_are_summed_during_the_backward_pass_and_weights_collected_aft
     assert updates[-1] < gathers[0] and not any(event.kind == "kernel" for event in events[gathers[0] :])
 
 
+def test_the_first_pack_overwrites_weight_gradients_and_the_next_adds_to_them(traces):
+    """So a step clears nothing but what autograd adds up: embedding and head, norms and biases."""
+    d, v, num_products = 4096, 32000, 7  # of a layer: the projector's two, queries, keys, output, the FFN's two
+    for name, num_layers, expected in (
+        ("stage 2", 2, [False] * 2 * num_products),
+        ("pp 2, first", 1, [False] * num_products + [True] * num_products),
+        ("full", 2, [True] * 2 * num_products),  # where all is cleared
+    ):
+        events = traces[name].events
+        sums = [event for event in events if event.name == "te.gemm" and event.dtypes[-1] == "float32"]
+        assert [event.dtypes[-2] == "float32" for event in sums] == expected, name
+        cleared = [event for event in events if "zero_" in event.name and event.source.startswith("pipeline/replicas")]
+        ends = v * d if name == "pp 2, first" else 2 * v * d + d
+        parameters = ends + num_layers * 4 * d
+        parameters += num_layers * (4 * d * d + d * d + 1024 * d + 3 * d * 11008) if name == "full" else 0
+        assert [event.num_bytes for event in cleared] == [pytest.approx(4 * parameters, rel=1e-5)], name
+
+
+def test_a_layer_takes_so_many_kernels_and_the_encoder_one_for_its_activation(traces):
+    """Counted, so that one more is seen."""
+    two, three = (
+        sum(event.kind == "kernel" and not event.source.startswith("pipeline/") for event in traces[name].events)
+        for name in ("stage 2", "stage 2, a layer more")
+    )
+    assert three - two == 56
+    names = Counter(event.name for event in traces["stage 2"].events)
+    assert (names["te.qgelu"], names["sigmoid"]) == (2, 0)
+
+
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 ranks", "no images"])
 def test_matrix_products_are_those_of_the_formulas(traces, name):
     """Stage 1 multiplies by nothing for the weights of the language model; visual rows pass no FFN."""

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._dynamo.utils import counters
 
 from model.attention import installed_kernels
+from model.backend import quick_gelu
 from model.compute import build_transformer_config
 from model.config import ComputeConfig, ModelConfig
 from model.flops import parameter_counts
@@ -44,6 +45,14 @@ def test_fp32_is_that_of_the_cpu(gpu, tmp_path):
     exact = torch.load(tmp_path / "step.pt")
     found = step(ComputeConfig(precision="fp32", attention="dense"), "finetune", gpu)
     assert_close(found, exact, losses=1e-5, gradients=1e-4)
+
+
+def test_the_encoders_fused_activation_is_torchs(gpu):
+    need_transformer_engine()
+    x = torch.randn(64, 256, device=gpu).bfloat16()
+    exact = x.float() * torch.sigmoid(1.702 * x.float())
+    with torch.no_grad():
+        assert (quick_gelu()(x).float() - exact).abs().max() <= 2**-8 * exact.abs().max()  # one rounding
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -98,7 +107,7 @@ def test_linear_layers_are_transformer_engines(gpu):
     model = build_model(ComputeConfig(precision="bf16"), "finetune", gpu)
     classes = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
     column, row = "TEColumnParallelLinear", "TERowParallelLinear"
-    expected = {"fc1": column, "fc2": row, "linear_q": column, "linear_kv": column, "linear_proj": row}
+    expected = {"fc1": column, "fc2": column, "linear_q": column, "linear_kv": column, "linear_proj": row}
     expected |= {"linear_fc1": column, "linear_fc2": row, "output": "ColumnParallelLinear"}
     assert {name: classes[name] for name in expected} == expected
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

@@ -46,7 +46,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pipeline/step.py": [
         ('group["lr"] = rate', "pass", TORCH),
-        ("chunk.zero_grad_buffer()", "pass", TORCH),
         ("loss = outcome.loss_sum / planned", "loss = outcome.loss_sum / batch.counts.num_samples", TORCH),
         ("return total / num_planned,", "return total,", TORCH),
         ("if outcome.num_targets != planned:", "if False:", STEP),
@@ -73,6 +72,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", SUMS),
         ("in reversed(chunk.bucket_groups):", "in chunk.bucket_groups:", SUMS),
         ("else no_sync[0]", "else None", f"{SPLIT}[pretrain-DP2]"),
+        ("chunk.zero_grad_buffer()", "pass", TORCH),
+        ("if id(parameter) not in overwritten", "if id(parameter) in overwritten", "benchmarks/test_fake_gpu.py"),
     ],
     "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
     "pipeline/loop.py": [
