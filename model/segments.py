@@ -19,7 +19,8 @@ The pack `a <image> b c | d e`, whose image has 4 visual tokens, has S = 9 keys,
     cu_seqlens_k   0 1 8 10
     key_indices    4 | 0 1 2 3 4 5 6 | 7 8
 
-Dims: T text tokens, I visual tokens, S = I + T keys, E keys of all segments.
+Dims: T text tokens, I visual tokens, S = I + T keys, E keys of all segments, P of them copies that
+are not a row's last.
 """
 
 from collections.abc import Sequence
@@ -64,6 +65,10 @@ class Segments:
         cu_seqlens_q: int32[num_segments + 1] where each segment's queries start among the T text rows.
         cu_seqlens_k: int32[num_segments + 1] where each segment's keys start among the E gathered ones.
         key_indices: int64[E] the row, of S, of every gathered key.
+        last_copies: int64[S] the place, of E, of every row's last copy; 0 for a row that no segment has.
+        repeats: int64[P] the places of all other copies, and
+        repeated_rows: int64[P] the rows that they are copies of.
+        unseen_rows: int64[U] the rows that no segment has: padding, and images with no text behind them.
         max_seqlen_q: queries of the largest segment.
         max_seqlen_k: keys of the largest segment.
     """
@@ -71,10 +76,22 @@ class Segments:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     key_indices: Tensor
+    last_copies: Tensor
+    repeats: Tensor
+    repeated_rows: Tensor
+    unseen_rows: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
 
-    TENSORS: ClassVar = ("cu_seqlens_q", "cu_seqlens_k", "key_indices")
+    TENSORS: ClassVar = (
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "key_indices",
+        "last_copies",
+        "repeats",
+        "repeated_rows",
+        "unseen_rows",
+    )
 
 
 def key_ranges(
@@ -116,11 +133,18 @@ def split_at_images(ranges: KeyRanges) -> Segments:
     counts = np.stack([visual_ends - visual_starts, ends - text_starts], axis=1).ravel()
     offsets = np.cumsum(counts) - counts
     key_indices = np.arange(counts.sum()) + np.repeat(firsts - offsets, counts)
+    last_copies = np.full(ranges.num_keys, -1)
+    last_copies[key_indices] = np.arange(len(key_indices))  # in order: the last one stays
+    repeats = np.flatnonzero(last_copies[key_indices] != np.arange(len(key_indices)))
     num_queries, num_keys = ends - starts, counts[0::2] + counts[1::2]
     return Segments(
         cu_seqlens_q=_cumulative(num_queries),
         cu_seqlens_k=_cumulative(num_keys),
         key_indices=torch.from_numpy(key_indices),
+        last_copies=torch.from_numpy(last_copies.clip(min=0)),
+        repeats=torch.from_numpy(repeats),
+        repeated_rows=torch.from_numpy(key_indices[repeats]),
+        unseen_rows=torch.from_numpy(np.flatnonzero(last_copies < 0)),
         max_seqlen_q=int(num_queries.max(initial=0)),
         max_seqlen_k=int(num_keys.max(initial=0)),
     )

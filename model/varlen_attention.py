@@ -9,6 +9,7 @@ Dims: T text tokens, S keys, E keys of all segments, N query heads, G key/value 
 from inspect import signature
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -24,12 +25,36 @@ HAVE_FLASH_ATTN = flash_attn_varlen_func is not None
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
+class _GatheredRows(torch.autograd.Function):
+    """The keys (or values) of all segments.
+
+    Nearly every row has one copy, so its gradient is taken from there. Autograd would fill a tensor with zeros, and add
+    every copy to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_SGH: Tensor, segments: Segments) -> Tensor:
+        """Returns [E, G, H]."""
+        ctx.segments = segments
+        return x_SGH.index_select(0, segments.key_indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EGH: Tensor) -> tuple[Tensor, None]:
+        """Returns the gradient of the rows [S, G, H]."""
+        segments: Segments = ctx.segments
+        grad_SGH = grad_EGH.index_select(0, segments.last_copies)
+        if len(segments.unseen_rows):
+            grad_SGH.index_fill_(0, segments.unseen_rows, 0)
+        if len(segments.repeats):
+            grad_SGH.index_add_(0, segments.repeated_rows, grad_EGH.index_select(0, segments.repeats))
+        return grad_SGH, None
+
+
 def varlen_attention(
     q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, segments: Segments, kernel: Literal["torch_varlen", "flash_attn"]
 ) -> Tensor:
     """Returns [T, N, H]. The gathered keys and values, not those of S, are what is kept for the backward pass."""
-    # index_select: its backward adds rows in place, while that of `k[indices]` sorts the indices first.
-    k_EGH, v_EGH = (x.index_select(0, segments.key_indices) for x in (k_SGH, v_SGH))
+    k_EGH, v_EGH = (_GatheredRows.apply(x, segments) for x in (k_SGH, v_SGH))
     offsets = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k)
     if kernel == "flash_attn":
         assert flash_attn_varlen_func is not None

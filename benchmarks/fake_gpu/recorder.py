@@ -100,8 +100,7 @@ class Recorder(TorchDispatchMode):
         elif (on_gpu or any(tensor.is_cuda for tensor in made)) and not is_free(func):
             formula = flop_registry.get(func.overloadpacket)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            taken, made = ([], tensors) if name in FILLS else (tensors, made)
-            self.add("kernel", name, taken, made, flops)
+            self.add("kernel", name, *_read_and_written(name, args, tensors, made), flops)
         return result
 
     def _answer(self, name: str, tensor: Tensor | None, on_gpu: bool) -> Any:
@@ -231,6 +230,21 @@ def source_line() -> str:
             library = f"{name[at + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return f"backward ({library})" if library else "backward"
+
+
+def _read_and_written(
+    name: str, args: tuple, tensors: list[Tensor], made: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what a kernel reads and what it writes; of a tensor that it picks rows from, as much as the rows are."""
+    if name in FILLS:
+        return [], tensors
+    if name in ("index_select", "embedding"):
+        indices = args[2 if name == "index_select" else 1]
+        return [indices, *made], made
+    if name == "index_add_":
+        _, _, indices, rows = args
+        return [indices, rows, rows], [rows]
+    return tensors, made
 
 
 def _touched_bytes(tensor: Tensor) -> int:

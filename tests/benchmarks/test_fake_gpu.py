@@ -123,7 +123,7 @@ def test_a_layer_takes_so_many_kernels_and_the_encoder_one_for_its_activation(tr
         sum(event.kind == "kernel" and not event.source.startswith("pipeline/") for event in traces[name].events)
         for name in ("stage 2", "stage 2, a layer more")
     )
-    assert three - two == 56
+    assert three - two == 58
     names = Counter(event.name for event in traces["stage 2"].events)
     assert (names["te.qgelu"], names["sigmoid"]) == (2, 0)
 

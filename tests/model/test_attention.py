@@ -1,6 +1,7 @@
 """The choice of an attention backend, what each refuses, and the block-masked path as far as a CPU runs it."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -22,7 +23,6 @@ from model.attention import (
 )
 from model.block_attention import BLOCK_SIZE
 from model.pack import Pack
-from model.segments import Segments
 from tests.model.packs import LAYOUTS, NUM_TOKENS_PER_IMAGE, PACKS, pack_of, random_layouts
 from tests.model.varlen import varlen_reference
 
@@ -105,11 +105,23 @@ def test_block_attention_is_dense_attention(name, heads):
     assert (found - dense_attention(q, k, v, pack)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", PACKS)
+def test_the_gradient_of_gathered_rows_is_autograds(name):
+    """Independent of the tables of copies: torch's own backward of `index_select`, on whole numbers, so exactly."""
+    layouts, num_text_padding, num_visual_padding = PACKS[name]
+    segments = pack_of(layouts, NUM_TOKENS_PER_IMAGE, num_text_padding, num_visual_padding).segments
+    x = torch.randn(len(segments.last_copies), 1, 2).requires_grad_()
+    gradient = torch.arange(2.0 * len(segments.key_indices)).reshape(-1, 1, 2)
+    found, expected = varlen_attention._GatheredRows.apply(x, segments), x.index_select(0, segments.key_indices)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(rows, x, gradient)[0] for rows in (found, expected)))
+
+
 @pytest.mark.parametrize("kernel", ["torch_varlen", "flash_attn"])
 def test_flash_kernels_get_the_segments_and_a_causal_mask(kernel, monkeypatch):
     def flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, causal):
-        assert causal
-        return varlen_reference(q, k, v, Segments(cu_q, cu_k, cu_k, max_q, max_k))
+        assert causal and (max_q, max_k) == (pack.segments.max_seqlen_q, pack.segments.max_seqlen_k)
+        return varlen_reference(q, k, v, replace(pack.segments, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k))
 
     def torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=True):
         assert enable_gqa
@@ -118,9 +130,13 @@ def test_flash_kernels_get_the_segments_and_a_causal_mask(kernel, monkeypatch):
     monkeypatch.setattr(varlen_attention, "flash_attn_varlen_func", flash_attn)
     monkeypatch.setattr(varlen_attention, "varlen_attn", torch_varlen)
     pack = pack_of(LAYOUTS, 4, 3, 7)
-    q, k, v = random_qkv(pack, (4, 2))
-    found = varlen_attention.varlen_attention(q, k, v, pack.segments, kernel)
-    assert (found - dense_attention(q, k, v, pack)).abs().max() <= TOLERANCE
+    inputs = [x.requires_grad_() for x in random_qkv(pack, (4, 2))]
+    q, k, v = inputs
+    found, expected = varlen_attention.varlen_attention(q, k, v, pack.segments, kernel), dense_attention(q, k, v, pack)
+    assert (found - expected).abs().max() <= TOLERANCE
+    gradients = (torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() <= TOLERANCE
 
 
 def test_one_compiled_kernel_serves_packs_of_all_lengths(monkeypatch):

@@ -23,6 +23,9 @@ def test_the_example_of_the_docstring():
     assert segments.cu_seqlens_q.tolist() == [0, 1, 3, 5]
     assert segments.cu_seqlens_k.tolist() == [0, 1, 8, 10]
     assert segments.key_indices.tolist() == [4, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert segments.last_copies.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert (segments.repeats.tolist(), segments.repeated_rows.tolist()) == ([0], [4])
+    assert segments.unseen_rows.tolist() == []
     assert (segments.max_seqlen_q, segments.max_seqlen_k) == (2, 7)
     assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
     assert segments.key_indices.dtype == torch.int64

@@ -279,6 +279,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (" | (np.diff(ranges.text_start_T) != 0)", "", "model/test_segments.py"),
         ("[visual_starts, text_starts + ranges.num_visual]", "[visual_starts, text_starts]", "model/test_segments.py"),
     ],
+    "model/varlen_attention.py": [
+        ("if len(segments.unseen_rows):", "if False:", "model/test_attention.py"),
+        ("if len(segments.repeats):", "if False:", "model/test_attention.py"),
+    ],
     "model/attention.py": [
         (
             "visual, text = x_SGH.split([sum(pack.visual_lengths)",
