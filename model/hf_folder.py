@@ -236,9 +236,21 @@ def _write_processor(part: Path, processor: SaisaProcessor) -> None:
         stored.pop("image_processor", None)
         stored["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
         _write_json(part / file, stored)
-    # `generate` goes on from the last position, so a pipeline or the tokenizer alone must fill up on the left.
     file = part / "tokenizer_config.json"
-    _write_json(file, json.loads(file.read_text()) | {"padding_side": "left"})
+    _write_json(file, tokenizer_settings(json.loads(file.read_text())))
+
+
+def tokenizer_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a tokenizer in the words of transformers 4.57, which 5 reads too, and not the other way.
+
+    It fills up on the left: `generate` goes on from the last position, for a pipeline or the tokenizer alone as well.
+    """
+    settings = stored | {"padding_side": "left"}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -18,7 +18,7 @@ from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
-from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
+from model.hf_folder import PROJECTOR, tokenizer_settings, weight_shapes, write_hf_folder
 from model.hf_source import load_tokenizer, read_checkpoint
 from model.import_hf import compose_base, convert_release
 from pipeline.data.templates import encode_text
@@ -226,6 +226,25 @@ def test_the_tokenizer_becomes_one_that_every_version_reads_alike(tmp_path: Path
         assert copied(text).input_ids == original(text).input_ids
         ids = original(text).input_ids
         assert copied.decode(ids, skip_special_tokens=True) == original.decode(ids, skip_special_tokens=True)
+
+
+def test_a_folder_says_what_transformers_4_57_reads_too(source: Any, tmp_path: Path) -> None:
+    """Whichever of the two has written it: 5 calls the plain class and the list of special tokens by other names."""
+    compose_base(source("llama")[0], source("clip")[0], tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    stored = json.loads(file.read_text())
+    assert stored["tokenizer_class"] == "PreTrainedTokenizerFast" and stored["padding_side"] == "left"
+    assert stored["additional_special_tokens"] == ["<image>"] and not stored.get("extra_special_tokens")
+    before = AutoTokenizer.from_pretrained(tmp_path / "base")
+    # Source: what transformers 5.23 writes of such a tokenizer.
+    tokens = {name: stored[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    of_5 = {"backend": "tokenizers", "extra_special_tokens": ["<image>"], "is_local": True, **tokens}
+    file.write_text(json.dumps(tokenizer_settings(of_5 | {"tokenizer_class": "TokenizersBackend"})))
+    after = AutoTokenizer.from_pretrained(tmp_path / "base")
+    ids = after("a <image> b</s>").input_ids
+    assert ids == before("a <image> b</s>").input_ids
+    assert after.decode(ids, skip_special_tokens=True) == before.decode(ids, skip_special_tokens=True)
+    assert "<image>" in after.all_special_tokens and "<image>" not in after.decode(ids, skip_special_tokens=True)
 
 
 def test_real_mistral_tokenizer(realdata: Path) -> None:
