@@ -9,6 +9,7 @@ Every section is a frozen model that forbids unknown keys. `load_config` raises 
 the setting, its value, the rule and the way out.
 """
 
+from collections.abc import Callable
 from math import lcm
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -136,14 +137,19 @@ class LogConfig(Section):
     )
     nvtx: bool = Field(default=False, description="name the parts of a step for Nsight Systems; needs a GPU")
 
-    @model_validator(mode="after")
-    def _check_steps(self) -> Self:
-        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+    @field_validator("profile_steps", mode="wrap")
+    @classmethod
+    def _check_steps(cls, value: Any, validate: Callable[[Any], tuple[int, int] | None]) -> tuple[int, int] | None:
+        try:
+            steps = validate(value)
+        except ValidationError:
+            steps = (0, 0)
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            given = str(value).replace("'", "")
             raise ValueError(
-                f"log.profile_steps={list(self.profile_steps)} must be a first and a last step, counted from 1; "
-                "use [20,23] for instance"
+                f"log.profile_steps={given} must be a first and a last step, counted from 1; use [20,23] for instance"
             )
-        return self
+        return steps
 
 
 class RunConfig(Section):

@@ -176,6 +176,8 @@ def introduce(state: TrainState, log: MetricsLog) -> None:
             f"steps: only {state.source.num_steps}, which is hardly any training; with so few samples, lower "
             "train.global_batch_size or raise train.num_epochs, in another run_dir"
         )
+    if (steps := state.config.log.profile_steps) and state.step >= steps[1]:
+        log.say(f"log.profile_steps={list(steps)}: nothing is recorded, this run goes on behind them")
     if state.step == state.source.num_steps:
         log.say("this run is finished; set another run_dir to train again")
 

@@ -25,6 +25,7 @@ from pipeline.data.lengths import LengthTable
 from pipeline.distributed import broadcast_from_rank0
 from pipeline.optimizer import build_optimizer, freeze
 from pipeline.phases import Phases
+from pipeline.profiling import check_profile_steps
 from pipeline.replicas import wrap
 from pipeline.start import base_model_config, initial_parameters
 from pipeline.stop import STOP_FILE, StopRequest
@@ -72,6 +73,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     table = broadcast_from_rank0(lambda: load_table(config, sets, build_console(stderr=True)))
     coordinates = RankCoordinates(groups.dp.rank(), groups.dp.size(), groups.mp.rank(), groups.mp.size())
     source = build_source(config, sets, table, coordinates)
+    check_profile_steps(config.log.profile_steps, source.num_steps)
     stages = build_stages(config, groups, layers_per_stage(config, table), device)
     for stage in stages:
         initial_parameters(config, stage, groups.tp)

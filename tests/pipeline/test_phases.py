@@ -3,6 +3,7 @@
 import gc
 import gzip
 import json
+import re
 import time
 from collections import Counter
 
@@ -16,6 +17,8 @@ from pipeline.distributed import gpu_environment
 from pipeline.loop import train
 from pipeline.metrics import read_metrics
 from pipeline.phases import Phases, own_seconds, slowest
+from pipeline.profiling import Profiler, check_profile_steps
+from tests.full_disk import no_file_larger_than
 from tests.processes import run_together
 
 
@@ -73,9 +76,36 @@ def test_garbage_is_collected_at_steps_alone_and_some_steps_are_recorded(world, 
     assert names["encode"] == names["forward_backward"] == names["optimizer"] == 2 and names["aten::mm"] > 2
 
 
-def test_profile_steps_are_a_first_and_a_last(world, tmp_path):
-    with pytest.raises(ValueError, match=r"log.profile_steps=\[3, 2\] must be a first and a last step"):
-        world.config("demo-stage1", tmp_path, log__profile_steps="[3,2]")
+@pytest.mark.parametrize("steps", ["[3, 2]", "[0, 1]", "[20]", "[1, 2, 3]", "20", "[a, b]"])
+def test_profile_steps_are_a_first_and_a_last(world, tmp_path, steps):
+    with pytest.raises(ValueError, match=re.escape(f"log.profile_steps={steps} must be a first and a last step")):
+        world.config("demo-stage1", tmp_path, log__profile_steps=steps)
+
+
+def test_a_run_that_is_over_before_the_first_of_them_says_so():
+    check_profile_steps(None, 6)
+    check_profile_steps((6, 9), 6)
+    with pytest.raises(ValueError, match=r"log.profile_steps=\[7, 9\] begins behind .* this run, 6; use \[5,6\]"):
+        check_profile_steps((7, 9), 6)
+
+
+def test_a_run_that_goes_on_in_their_midst_records_the_rest_of_them(tmp_path):
+    profiler = Profiler(tmp_path, (3, 9), 1, on_gpu=False)
+    profiler.before(5)
+    assert profiler.after(5, is_last=False) == []
+    profiler.before(6)
+    assert profiler.after(6, is_last=True) == [tmp_path / "rank-1-steps-5-6.json.gz"]
+    profiler.before(10)
+    assert profiler.running is None
+
+
+def test_a_full_disk_costs_a_run_its_profile_alone(tmp_path, capsys):
+    profiler = Profiler(tmp_path, (1, 1), 1, on_gpu=False)
+    profiler.before(1)
+    with no_file_larger_than(500):
+        assert profiler.after(1, is_last=False) == []
+    assert "rank 1: no profile, training goes on: " in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
 
 
 def with_a_slow_process(config: RunConfig) -> None:
