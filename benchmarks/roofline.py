@@ -2,11 +2,11 @@
 
     python -m benchmarks.roofline --config configs/saisa-vicuna-7b-stage2.yaml --world 8
 
-Nothing is measured. A kernel takes as long as its slower half: its FLOPs at the rate that large matrix products (or
-attention) are known to reach, or its bytes at the bandwidth of the memory, and never less than a launch. Two and three
-layers are traced; what the third adds is taken for each of the model's. Sums of gradients run beside the backward pass
-and collected weights beside the forward pass, at full speed both; all other collectives count as waited for. FLOPs of
-the model are those of `model.flops`: products counted once, attention as full rectangles, nothing that is recomputed.
+Nothing is measured; the whole step is traced, which takes half a minute. A kernel takes as long as its slower half: its
+FLOPs at the rate that large matrix products (or attention) are known to reach, or its bytes at the bandwidth of the
+memory, and never less than a launch. Sums of gradients run beside the backward pass and collected weights beside the
+forward pass, at full speed both; all other collectives count as waited for. FLOPs of the model are those of
+`model.flops`: products counted once, attention as full rectangles, nothing that is recomputed.
 """
 
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ class Cost(NamedTuple):
     """Of some events together: their time, and how many they are."""
 
     seconds: float
-    number: float
+    number: int
 
 
 def costs(trace: Trace, chip: Chip) -> dict[Key, Cost]:
@@ -154,16 +154,6 @@ def costs(trace: Trace, chip: Chip) -> dict[Key, Cost]:
         seconds, number = found.get(key, Cost(0, 0))
         found[key] = Cost(seconds + added, number + 1)
     return found
-
-
-def at_layers(two: dict[Key, Cost], three: dict[Key, Cost], num_layers: int) -> dict[Key, Cost]:
-    """Returns what a model of `num_layers` has, if each of its layers adds what the third does."""
-
-    def extended(one: float, more: float) -> float:
-        return one + (num_layers - 2) * (more - one)
-
-    nothing = Cost(0, 0)
-    return {key: Cost(*map(extended, two.get(key, nothing), cost)) for key, cost in three.items()}
 
 
 def summed(costs: dict[Key, Cost], part: int) -> dict[str, Cost]:
@@ -202,9 +192,8 @@ def main(
     load = build_load(recipe, packs, samples, text, images)
     if recipe.parallel.pp > 1:
         raise BadParameter("a pipeline's idle time is not predicted; leave parallel.pp=1", param_hint="overrides")
-    cases = [Case(config, (*settings, f"model.num_layers={n}"), load, world) for n in (2, 3)]
-    two, three = trace_all(cases)
-    found = at_layers(costs(two, chip), costs(three, chip), recipe.model.num_layers)
+    [trace] = trace_all([Case(config, settings, load, world)])
+    found = costs(trace, chip)
     total = sum(cost.seconds for cost in found.values())
     load_text = f"{count_text(packs, 'pack')} of {load.num_samples} samples a process"
     title = f"{config.stem}, {load_text}, {world} x {gpu}: predicted, not measured"
@@ -220,7 +209,7 @@ def main(
     num_waits = sum(cost.number for (kind, *_), cost in found.items() if kind == "wait")
     console.print(
         f"a step: {total * 1e3:.0f} ms; MFU: {alone / total / chip.peak_flops:.1%} of the model's FLOPs, "
-        f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; times that the host waits: {num_waits:.0f}"
+        f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; times that the host waits: {num_waits}"
     )
 
 
