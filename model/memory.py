@@ -16,7 +16,7 @@ from model.parallel import ParallelConfig, padded_vocab_size
 
 ELEMENT_BYTES = 2  # of weights and activations: bf16, under FP8 too
 STATISTICS_BYTES = 4  # of norms and of the softmax: fp32 in every precision
-GRADIENT_BYTES = 4
+GRADIENT_BYTES = 4  # unless they are summed in bf16
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
 MAIN_WEIGHT_BYTES = 4
 WORKSPACE_BYTES = 32 * 2**20  # of cuBLAS
@@ -133,17 +133,25 @@ def peak_bytes(
     return resident_bytes(model, phase, compute, moments, num_replicas) + encoder_bytes(model.vision) + activations
 
 
-def resident_bytes(model: ModelConfig, phase: Phase, compute: ComputeConfig, moments: str, num_replicas: int) -> int:
+def resident_bytes(
+    model: ModelConfig,
+    phase: Phase,
+    compute: ComputeConfig,
+    moments: str,
+    num_replicas: int,
+    reduce_in_bf16: bool = False,
+) -> int:
     """Returns the bytes held between steps on one device that has the whole model, without the vision encoder.
 
-    Weights; gradients of what is trained, in fp32; a share of its fp32 weights and two moments. Where weight gradients
-    are added within the products, Transformer Engine keeps a tensor of each weight's shape to give autograd instead.
-    Under FP8 it keeps each weight in 8 bits besides, by row and by column.
+    Weights; gradients of what is trained, in fp32 unless `reduce_in_bf16`; a share of its fp32 weights and two moments.
+    Where weight gradients are added within the products, Transformer Engine keeps a tensor of each weight's shape to
+    give autograd instead. Under FP8 it keeps each weight in 8 bits besides, by row and by column.
     Source: ZeRO (arXiv 1910.02054), section 3.1, with what megatron-core's distributed optimizer divides.
     """
     counts = parameter_counts(model, phase)
     divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
-    trained = counts.num_trained * (GRADIENT_BYTES + divided / num_replicas)
+    gradient = ELEMENT_BYTES if reduce_in_bf16 else GRADIENT_BYTES
+    trained = counts.num_trained * (gradient + divided / num_replicas)
     copies = 0.0
     if compute.precision == "fp8":
         in_8_bits = 1 - min(2 * compute.bf16_edge_layers / model.num_layers, 1)

@@ -36,6 +36,9 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = Field(
         default=True, description="new weights are collected from the replicas while the next step begins"
     )
+    reduce_in_bf16: bool = Field(
+        default=False, description="gradients are kept and summed in bf16, not fp32: half the bytes, and less exact"
+    )
     bucket_parameters: int | None = Field(
         default=None, gt=0, description="parameters per sum; by default 40 million, or 1 million a replica if more"
     )

@@ -182,6 +182,11 @@ class RunConfig(Section):
     def _check(self) -> Self:
         data, model = self.data, self.model
         check_split(model, self.parallel)
+        if self.parallel.reduce_in_bf16 and self.compute.precision == "fp32":
+            raise ValueError(
+                "parallel.reduce_in_bf16=true halves the gradients of weights in bf16, and compute.precision=fp32 has "
+                "none; use compute.precision=bf16 or fp8, or leave it false"
+            )
         if data.template not in TEMPLATES:
             raise ValueError(
                 f"data.template={data.template!r} is unknown{nearest(data.template, TEMPLATES)}; "

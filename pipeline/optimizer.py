@@ -91,9 +91,10 @@ def clip_gradients(optimizer: MegatronOptimizer) -> Tensor:
 
 
 def update_weights(optimizer: MegatronOptimizer) -> None:
-    """Updates the weights by the gradients that `clip_gradients` left."""
+    """Updates the weights by the gradients that `clip_gradients` left, and lets go of these."""
     (part,) = _parts(optimizer)
     part.step_with_ready_grads()
+    part.zero_grad()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def wrap(
     """
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=parallel.overlap_param_gather,  # layers wait for weights, `gather_weights` asks for them

@@ -45,7 +45,6 @@ def train_step(state: TrainState, batch: GlobalBatch, wait_seconds: float) -> St
         raise ValueError(nothing_to_learn(batch, state.config.data))
     rate = set_learning_rate(state, batch.step)
     clear_gradients(state.wrapped)
-    state.optimizer.zero_grad()
     with phases("encode"):
         inputs = model_inputs(state, batch)
     with phases("forward_backward"):

@@ -23,7 +23,7 @@ CASES = {
     "stage 1": Case(STAGE1, SMALL),
     "stage 2": Case(STAGE2, SMALL),
     "stage 2, a layer more": Case(STAGE2, ("model.num_layers=3", SMALL[1])),
-    "64 ranks": Case(STAGE2, SMALL, world_size=64),
+    "64 ranks": Case(STAGE2, (*SMALL, "parallel.reduce_in_bf16=true"), world_size=64),
     "selective": Case(STAGE2, (*SMALL, "compute.recompute=selective")),
     "full": Case(STAGE2, (*SMALL, "compute.recompute=full")),
     "stage 1, full": Case(STAGE1, (*SMALL, "compute.recompute=full")),
@@ -99,6 +99,14 @@ def test_gradients_are_summed_during_the_backward_pass_and_weights_collected_aft
     assert updates[-1] < gathers[0] and not any(event.kind == "kernel" for event in events[gathers[0] :])
 
 
+def test_sums_in_bf16_have_half_the_bytes(traces):
+    two, four = (
+        sum(event.num_bytes for event in traces[name].events if event.name == "reduce_scatter_tensor_coalesced")
+        for name in ("64 ranks", "stage 2")
+    )
+    assert 2 * two == pytest.approx(four, rel=1e-3)  # buckets are filled up to a multiple of the replicas
+
+
 def test_the_first_pack_overwrites_weight_gradients_and_the_next_adds_to_them(traces):
     """So a step clears nothing but what autograd adds up: embedding and head, norms and biases."""
     d, v, num_products = 4096, 32000, 7  # of a layer: the projector's two, queries, keys, output, the FFN's two
@@ -153,7 +161,8 @@ def test_the_encoder_costs_what_its_formula_says(traces):
 def test_memory_between_steps_is_weights_gradients_and_a_share_of_the_optimizer(traces, name, num_replicas):
     """bf16 weights, fp32 gradients; fp32 weights and two moments, divided over the replicas; the encoder."""
     config = load_config(CASES[name].config, [*CASES[name].overrides])
-    expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas)
+    in_bf16 = config.parallel.reduce_in_bf16
+    expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas, in_bf16)
     expected += 2 * 3 * 12 * 1024**2  # the encoder
     assert traces[name].resident_bytes == pytest.approx(expected, rel=0.01)
 

@@ -67,6 +67,7 @@ def test_overrides_win_over_the_file():
         ("data.shards=[{locatio: x}]", "unknown setting data.shards.0.locatio (did you mean 'location'?)"),
         ("data.shards=[]", "data.shards=[]: must name at least one"),
         ("parallel.layers_per_stage=[1, x]", "parallel.layers_per_stage.1=x: must be a whole number"),
+        ("parallel.reduce_in_bf16=true", "and compute.precision=fp32 has none; use compute.precision=bf16 or fp8"),
         ("optim.learning_rate", "must look like section.key=value"),
         ("phase.x=1", "'phase' is a single value"),
     ],

@@ -131,10 +131,12 @@ def bf16_stage2(deep_world, deep_stage1, tmp_path_factory) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("split", ["TP2 PP2", "PP2 interleaved", "DP2"])
-def test_a_divided_run_in_bf16_is_near_that_of_one_process(bf16_stage2, split, tmp_path):
+@pytest.mark.parametrize(
+    ("split", "changes"), [("TP2 PP2", {}), ("PP2 interleaved", {}), ("DP2", {"reduce_in_bf16": True})], ids=str
+)
+def test_a_divided_run_in_bf16_is_near_that_of_one_process(bf16_stage2, split, changes, tmp_path):
     num_processes, parallel = SPLITS[split]
-    config = divided(bf16_stage2, tmp_path, **parallel)
+    config = divided(bf16_stage2, tmp_path, **parallel, **changes)
     run_together(num_processes, train, config)
     for one, other in zip(read_metrics(tmp_path), read_metrics(bf16_stage2.run_dir), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
