@@ -1,12 +1,14 @@
 """Host memory and time of saving and loading a checkpoint, against what each process owns of it.
 
     python -m benchmarks.checkpoint --num-layers 3
+    python -m benchmarks.checkpoint --num-layers 6 --tp 2 --moments bf16
 
 Some layers of a 7B model with a tiny vocabulary, in bf16, divided over gloo processes, which have the optimizer's state
 in host memory too. Beside it, while it saves, a process copies what is a part of a larger tensor (on a GPU: its whole
 share); while it loads, it takes what of a file it reads and the weights that another reads for it. Three layers
-(0.67e9 parameters) on two processes take 12 GB of memory and 10 GB of disk, six (1.3e9) twice that. Gradients are given
-back, as checkpoints have none; half a training run's memory would go to them.
+(0.67e9 parameters) on two processes take 12 GB of memory and 10 GB of disk, six (1.3e9) twice that; with tp = 2, where
+no process has all weights, and moments in bf16, 20 GB and 14 GB. Gradients are given back, as checkpoints have none;
+half a training run's memory would go to them.
 """
 
 import os
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
@@ -31,7 +33,7 @@ from pipeline.checkpoint.run_info import describe_run, find_checkpoint
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config import RunConfig, load_config
 from pipeline.distributed import initialize_distributed, shutdown_distributed
-from pipeline.optimizer import build_optimizer, owned_ranges
+from pipeline.optimizer import MOMENTS, build_optimizer, owned_ranges
 from pipeline.state import build_stages, make_trainable
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo-stage2.yaml"
@@ -58,7 +60,9 @@ def resident(name: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) * 1024
 
 
-def measure(rank: int, num_processes: int, port: int, overrides: list[str], folder: Path) -> dict[str, Any]:
+def measure(
+    rank: int, num_processes: int, port: int, overrides: list[str], moments: str, folder: Path
+) -> dict[str, Any]:
     """Saves and loads as one of the processes; returns what that took."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
@@ -69,6 +73,8 @@ def measure(rank: int, num_processes: int, port: int, overrides: list[str], fold
     for buffer in cast(Any, wrapped[0]).buffers:
         buffer.grad_data.untyped_storage().resize_(0)
     optimizer, facts = build_optimizer(wrapped, config), describe_run(config, ["none"], 1)
+    if moments == "bf16":
+        use_bf16_moments(optimizer)
     for owned in owned_ranges(optimizer):
         for state in owned.states.values():
             state.add_(1)  # memory that nobody has written to does not count
@@ -84,29 +90,39 @@ def measure(rank: int, num_processes: int, port: int, overrides: list[str], fold
     return found
 
 
+def use_bf16_moments(optimizer: Any) -> None:
+    """Gives torch's Adam the moments that Transformer Engine's would have; it could not update weights by them."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            state |= {name: torch.zeros_like(state[name], dtype=torch.bfloat16) for name in MOMENTS}
+
+
 def main(
     num_layers: Annotated[int, typer.Option(help="of 4,096 hidden units; a layer has 0.22e9 parameters")] = 3,
     num_processes: Annotated[int, typer.Option(help="among which the optimizer is divided")] = 2,
+    tp: Annotated[int, typer.Option(help="processes among which each layer is divided")] = 1,
+    moments: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the optimizer")] = "fp32",
     folder: Annotated[Path | None, typer.Option(help="where to write; a temporary folder if not given")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
 ) -> None:
     """Measure how checkpoints are saved and loaded."""
-    overrides = [*WIDE, f"model.num_layers={num_layers}"]
+    overrides = [*WIDE, f"model.num_layers={num_layers}", f"parallel.tp={tp}"]
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with (
         tempfile.TemporaryDirectory(dir=folder) as name,
         ProcessPoolExecutor(num_processes, get_context("spawn")) as processes,
     ):
-        shared = num_processes, port, overrides, Path(name)
+        shared = num_processes, port, overrides, moments, Path(name)
         found = [*processes.map(measure, range(num_processes), *([each] * num_processes for each in shared))]
-    report(f"checkpoints, {num_layers} layers, {num_processes} processes", figures(overrides, found), json_file)
+    heading = f"checkpoints, {num_layers} layers, {num_processes} processes, tp={tp}, moments in {moments}"
+    report(heading, figures(overrides, moments, found), json_file)
 
 
-def figures(overrides: list[str], found: list[dict[str, Any]]) -> list[Figure]:
+def figures(overrides: list[str], moments: str, found: list[dict[str, Any]]) -> list[Figure]:
     """Returns what to report of what the processes found."""
     config: RunConfig = load_config(CONFIG, overrides)
-    whole = checkpoint_bytes(config.model, config.phase, config.optim.moments)
+    whole = checkpoint_bytes(config.model, config.phase, moments)
     share = whole / len(found) / 1e9
     lines = [Figure("of each process, by the formula", share, "GB")]
     for rank, each in enumerate(found):
