@@ -1,7 +1,7 @@
 """Host memory and time of saving and loading a checkpoint, against what each process owns of it.
 
     python -m benchmarks.checkpoint --num-layers 3
-    python -m benchmarks.checkpoint --num-layers 6 --tp 2 --moments bf16
+    python -m benchmarks.checkpoint --num-layers 6 --tp 2 --moments bf16 --no-background
 
 Some layers of a 7B model with a tiny vocabulary, in bf16, divided over gloo processes, which have the optimizer's state
 in host memory too. Beside it, while it saves, a process copies what is a part of a larger tensor (on a GPU: its whole
@@ -61,7 +61,7 @@ def resident(name: str) -> int:
 
 
 def measure(
-    rank: int, num_processes: int, port: int, overrides: list[str], moments: str, folder: Path
+    rank: int, num_processes: int, port: int, overrides: list[str], moments: str, in_background: bool, folder: Path
 ) -> dict[str, Any]:
     """Saves and loads as one of the processes; returns what that took."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1"}
@@ -84,8 +84,9 @@ def measure(
     checkpoint = find_checkpoint(folder)
     found["written"] = sum(file.stat().st_size for file in checkpoint.glob(f"__{rank}_*"))
     found["loading"] = measured(lambda: restore_checkpoint(checkpoint, facts, stages, optimizer, groups))
-    with CheckpointWriter(folder, facts, {"config": {}}, 1, in_background=True, say=lambda line: None) as writer:
-        found["waiting"] = measured(lambda: writer.save(2, sharded_state(stages, optimizer, groups)))
+    if in_background:
+        with CheckpointWriter(folder, facts, {"config": {}}, 1, in_background, say=lambda line: None) as writer:
+            found["waiting"] = measured(lambda: writer.save(2, sharded_state(stages, optimizer, groups)))
     shutdown_distributed()
     return found
 
@@ -101,6 +102,7 @@ def main(
     num_layers: Annotated[int, typer.Option(help="of 4,096 hidden units; a layer has 0.22e9 parameters")] = 3,
     num_processes: Annotated[int, typer.Option(help="among which the optimizer is divided")] = 2,
     tp: Annotated[int, typer.Option(help="processes among which each layer is divided")] = 1,
+    background: Annotated[bool, typer.Option(help="save in the background too")] = True,
     moments: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the optimizer")] = "fp32",
     folder: Annotated[Path | None, typer.Option(help="where to write; a temporary folder if not given")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
@@ -113,7 +115,7 @@ def main(
         tempfile.TemporaryDirectory(dir=folder) as name,
         ProcessPoolExecutor(num_processes, get_context("spawn")) as processes,
     ):
-        shared = num_processes, port, overrides, moments, Path(name)
+        shared = num_processes, port, overrides, moments, background, Path(name)
         found = [*processes.map(measure, range(num_processes), *([each] * num_processes for each in shared))]
     heading = f"checkpoints, {num_layers} layers, {num_processes} processes, tp={tp}, moments in {moments}"
     report(heading, figures(overrides, moments, found), json_file)
@@ -131,7 +133,8 @@ def figures(overrides: list[str], moments: str, found: list[dict[str, Any]]) -> 
             seconds, beside = each[what]
             lines += [Figure(f"rank {rank}, {what}", seconds, "s")]
             lines += [at_most(f"rank {rank}, {what}: memory beside, in shares", beside / 1e9 / share, 1.0)]
-        lines += [Figure(f"rank {rank}, background: training waits", each["waiting"][0], "s")]
+        if "waiting" in each:
+            lines += [Figure(f"rank {rank}, background: training waits", each["waiting"][0], "s")]
     return lines
 
 

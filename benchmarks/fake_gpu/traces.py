@@ -3,6 +3,7 @@
 Nothing here imports torch: a process must have its fake GPU before anything asks torch for one.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parents[2]
+WAITS_OF_A_STEP = {"model/transfer.py, read_values": 1}
+"""Where the host waits for the GPU in a step, and how often, as the traces show."""
 
 Kind = Literal["kernel", "copy", "wait", "collective"]
 
@@ -97,6 +102,21 @@ class Trace:
     peak_bytes: int
     peak_at: str
     saved_bytes: int
+
+
+def place(file: str, line: int) -> str:
+    """Returns the file and the function of a line, which stay when lines move: `model/transfer.py, read_values`.
+
+    Args:
+        file: of this repository from its root, or of a library in full.
+        line: from 1.
+    """
+    path = ROOT / file
+    nodes = ast.walk(ast.parse(path.read_text())) if path.is_file() else ()  # `<string>`, say
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    around = [node for node in functions if node.lineno <= line <= (node.end_lineno or 0)]
+    innermost = max(around, key=lambda node: node.lineno, default=None)
+    return f"{file}, {innermost.name if innermost else 'no function'}"
 
 
 @contextmanager

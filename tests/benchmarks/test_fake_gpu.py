@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from benchmarks.fake_gpu.traces import Case, Load, Trace
+from benchmarks.fake_gpu.traces import WAITS_OF_A_STEP, Case, Load, Trace, place
 from model.config import ModelConfig
 from model.flops import encoder_forward_flops, matrix_products
 from model.memory import PackSize, activation_bytes, checkpoint_bytes, resident_bytes
@@ -16,8 +16,6 @@ from tests.benchmarks.traced import CONFIGS, STAGE1, STAGE2, shared_collectives
 SMALL = ("model.num_layers=2", "model.vision.num_layers=3")  # at the recipe's widths
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
 DIVIDED = (*SMALL, *TP2, "parallel.pp=2")
-WAIT_AT_THE_END = ("device to host, pageable", "model/transfer.py")
-
 
 CASES = {
     "stage 1": Case(STAGE1, SMALL),
@@ -58,21 +56,22 @@ def products(trace: Trace, of_encoder: bool) -> int:
     )
 
 
-def waits(trace: Trace) -> Counter[tuple[str, str]]:
-    return Counter((event.name, event.source.partition(":")[0]) for event in trace.events if event.kind == "wait")
+def waits(trace: Trace) -> Counter[str]:
+    lines = [event.source.partition(" ")[0].partition(":") for event in trace.events if event.kind == "wait"]
+    return Counter(place(file, int(line)) for file, _, line in lines)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_once_a_step_and_before_the_update(traces, name):
     """Every other wait would let the GPU run dry; an update before it would go on with what is not finite."""
-    assert waits(traces[name]) == {WAIT_AT_THE_END: 1}
+    assert waits(traces[name]) == WAITS_OF_A_STEP == {"model/transfer.py, read_values": 1}
     order = dict.fromkeys(
         event.name for event in traces[name].events if event.kind == "wait" or event.name.startswith("te.multi")
     )
     assert [*order] == [
         "te.multi_tensor_l2norm",
         "te.multi_tensor_scale_tensor",
-        WAIT_AT_THE_END[0],
+        "device to host, pageable",
         "te.multi_tensor_adam",
     ]
 

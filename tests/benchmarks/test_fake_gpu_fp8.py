@@ -114,6 +114,22 @@ def test_nothing_large_is_fp32_but_sums_of_weight_gradients(traces, name):
     assert found == {("add_", "backward")} | (set() if name == "stage 1" else {("te.gemm", "backward")})
 
 
+@named("delayed", "tensorwise", "blockwise")
+def test_gradients_have_more_range_where_a_tensor_has_one_scale(traces, name):
+    dtypes = {dtype for event in traces[name].events if event.name == "te.gemm" for dtype in event.dtypes}
+    assert ("float8_e5m2" in dtypes) == (name != "blockwise") and "float8_e4m3fn" in dtypes
+
+
+def test_scales_are_agreed_on_within_a_replica(traces):
+    """Replicas have different numbers of packs: they cannot meet there."""
+    found = {
+        event.ranks
+        for event in traces["delayed, tp 2"].events
+        if event.name == "allreduce" and "transformer_engine/" in event.source
+    }
+    assert found == {(0, 1)}
+
+
 @pytest.mark.parametrize(
     "pair",
     [

@@ -3,22 +3,29 @@
 import json
 import os
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu_report import runner
+from benchmarks import gpu
+from benchmarks.fake_gpu.traces import ROOT, WAITS_OF_A_STEP
+from benchmarks.gpu_report import parts, runner
 from benchmarks.gpu_report.__main__ import DOCS, main
 from benchmarks.gpu_report.runner import PARTS, Part, make_report
 from benchmarks.gpu_report.tables import Result, markdown
+from model.config import ComputeConfig
+from model.transfer import read_values
 
 
 def test_every_part_runs_without_a_gpu(tmp_path):
-    parts = [part for part in PARTS if part.arguments not in [("test_layers.py",), ("stage2", "fp8")]]  # as others do
-    results = make_report(parts, tmp_path, tmp_path, is_dry=True)
-    assert [result.status for result in results] == ["done"] * len(parts)
+    chosen = [part for part in PARTS if part.arguments not in [("test_layers.py",), ("stage2", "fp8")]]  # as others do
+    results = make_report(chosen, tmp_path, tmp_path, is_dry=True)
+    assert [result.status for result in results] == ["done"] * len(chosen)
     content = json.loads((tmp_path / "gpu-report.json").read_text())
-    assert content["dry run"] and [part["what"] for part in content["parts"]] == [part.what for part in parts]
+    assert content["dry run"] and [part["what"] for part in content["parts"]] == [part.what for part in chosen]
     rows = {result.what: result.rows for result in results}
     exact, found = (rows[what] for what in rows if what.startswith("Losses"))
     assert [row["losses"] for row in found] == [row["losses"] for row in exact]
@@ -26,7 +33,7 @@ def test_every_part_runs_without_a_gpu(tmp_path):
     step = {row["what"]: row for row in rows["A step of stage 2 in bf16, 7B widths"]}
     assert step["host waits of a step"]["value"] == step["host waits of a step"]["expected"] == 0
     assert step["forward_backward of the last step"]["value"] > 0
-    assert all(row["passed"] > 0 and not row["failed"] for row in rows[parts[1].what])
+    assert all(row["passed"] > 0 and not row["failed"] for row in rows[chosen[1].what])
     assert (tmp_path / "gpu-report.md").read_text().startswith("# Dry run on a CPU: these numbers mean nothing\n")
 
 
@@ -41,8 +48,8 @@ def a_part(part: Part, folder, is_dry: bool) -> None:
 
 def test_what_is_cut_or_crashes_loses_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "enter_part", a_part)
-    parts = [Part("late", "Late", limit_seconds=3), Part("crash", "Crash"), Part("fine", "Fine")]
-    results = make_report(parts, tmp_path, tmp_path, is_dry=True)
+    three = [Part("late", "Late", limit_seconds=3), Part("crash", "Crash"), Part("fine", "Fine")]
+    results = make_report(three, tmp_path, tmp_path, is_dry=True)
     assert [result.status for result in results] == [
         "cut after 3 s; it last said: about to late",
         "failed: exit status -6; it last said: about to crash",
@@ -50,7 +57,7 @@ def test_what_is_cut_or_crashes_loses_nothing_else(tmp_path, monkeypatch):
     ]
     assert all(result.rows == [{"what": "found in time", "value": 1.5}] for result in results)
     monkeypatch.setattr(runner, "TOTAL_SECONDS", 0)
-    assert make_report(parts[2:], tmp_path, tmp_path, is_dry=True)[0].status == "left out: 0 s were over"
+    assert make_report(three[2:], tmp_path, tmp_path, is_dry=True)[0].status == "left out: 0 s were over"
 
 
 def test_rows_become_a_table_with_a_column_for_each_name():
@@ -62,6 +69,32 @@ def test_rows_become_a_table_with_a_column_for_each_name():
         "| step | 123 |  |",
         "| a/b | 0.5 | 1, 0.25 |",
     ]
+
+
+@pytest.mark.parametrize(("loss", "is_near"), [(1.009, True), (0.991, True), (1.011, False), (float("nan"), False)])
+def test_losses_that_are_far_from_the_cpus_fail_their_part(tmp_path, monkeypatch, loss, is_near):
+    rows: list[dict] = []
+    exact = [{"stage": stage, "losses": [2.0, 1.0]} for stage in ("stage1", "stage2")]
+    (tmp_path / "losses-cpu.jsonl").write_text("\n".join(map(json.dumps, exact)))
+    monkeypatch.setattr(gpu, "low_precisions", lambda: {"bf16": ComputeConfig(precision="bf16")})
+    monkeypatch.setattr(parts, "_small_losses", lambda stage, compute: [2.0, loss])
+    with nullcontext() if is_near else pytest.raises(SystemExit):
+        parts.losses(parts.Work(tmp_path, False, lambda **row: rows.append(row)), "gpu")
+    assert [row["near"] for row in rows] == [is_near] * 2 and rows[0]["allowed"] == 0.01
+
+
+def test_a_step_of_which_torch_says_that_it_waits_elsewhere_is_seen(monkeypatch):
+    """As torch warns: of the line in Python that asked."""
+
+    def step() -> None:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        line = read_values.__code__.co_firstlineno + 2
+        warnings.warn_explicit(f"{parts.WAIT} (x)", UserWarning, str(ROOT / "model/transfer.py"), line)
+
+    for name, answer in (("is_available", True), ("synchronize", None), ("set_sync_debug_mode", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert parts.host_waits(step) == {**WAITS_OF_A_STEP, "tests/benchmarks/test_gpu_report.py, step": 1}
 
 
 @pytest.mark.parametrize(
