@@ -20,6 +20,13 @@ CHECKPOINT = "pipeline/checkpoint/test_checkpoint.py"
 OWNED = "pipeline/checkpoint/test_owned.py"
 INTEGRITY = "pipeline/checkpoint/test_integrity.py::test_every_process_learns_what_any_of_them_found[1]"
 FAKE_GPU = "benchmarks/test_fake_gpu.py"
+WAITS = f"{FAKE_GPU}::test_the_host_waits_once_a_step_and_before_the_update"
+ACTIVATIONS = f"{FAKE_GPU}::test_activations_are_those_of_the_formula"
+ORDER_OF_RANKS = f"{FAKE_GPU}::test_processes_of_a_group_call_the_same_collectives_in_the_same_order"
+FP8 = "benchmarks/test_fake_gpu_fp8.py"
+ROOFLINE = "benchmarks/test_roofline.py"
+GPU_REPORT = "benchmarks/test_gpu_report.py"
+PHASES = "pipeline/test_phases.py"
 SUMS = f"{FAKE_GPU}::test_gradients_are_summed_during_the_backward_pass_and_weights_collected_after_the_update"
 SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
@@ -32,6 +39,24 @@ LISTINGS = "data_prep/test_verify.py::test_one_flipped_bit_anywhere_in_a_listing
 VERIFY = "data_prep/test_verify.py::test_damage_is_named_and_the_advice_repairs_it"
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "benchmarks/roofline.py": [
+        ('rounds = 2 if event.name == "allreduce" else 1', "rounds = 1", ROOFLINE),
+        ('chip.attention_flops["backward" in event.name]', "chip.attention_flops[0]", ROOFLINE),
+        ("(num_layers - 2) * (more - one)", "(num_layers - 3) * (more - one)", ROOFLINE),
+        ("event.num_bytes / chip.memory_bytes, chip.launch_seconds)", "chip.launch_seconds)", ROOFLINE),
+    ],
+    "benchmarks/gpu_report/runner.py": [
+        ("process.kill()\n", "pass\n", GPU_REPORT),
+        ("if limit < 1:", "if False:", GPU_REPORT),
+    ],
+    "benchmarks/gpu_report/parts.py": [
+        ("all(difference <= allowed for difference in differences)", "max(differences) <= allowed", GPU_REPORT),
+        ("if report.failed and not self.failure:", "if False:", GPU_REPORT),
+    ],
+    "benchmarks/gpu_report/tables.py": [
+        ("if abs(value) >= 100 else", "if True else", GPU_REPORT),
+        ('.replace("|", "/")', "", GPU_REPORT),
+    ],
     "pipeline/optimizer.py": [
         ("adam_beta1=optim.adam_beta1", "adam_beta1=0.9", TORCH),
         ("adam_beta2=optim.adam_beta2", "adam_beta2=0.999", TORCH),
@@ -55,6 +80,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (" + batch.counts.num_images * state.flops_per_image", "", STEP),
         ("- started + wait_seconds", "- started", STEP),
         ("bool(sums) and state.groups.tp.rank() == 0", "bool(sums)", f"{SPLIT}[pretrain-TP2]"),
+        # Waits for the GPU: a copy from here, one to here, one out of pageable memory; and what one process leaves out.
+        ("return torch.full((), value, dtype", "return torch.tensor(value, dtype", f"{WAITS}[stage 2]"),
+        ("total = losses.sum()\n", "total = losses.sum()\n    assert total.item() > 0\n", f"{WAITS}[stage 2]"),
+        ("pixels_B3HW.to(state.device, non_blocking=True)", "pixels_B3HW.to(state.device)", f"{WAITS}[stage 2]"),
+        ("state.tower(pixels.to(compute_dtype(state.config.compute)))", "state.tower(pixels)", f"{WAITS}[stage 2]"),
+        (
+            "    torch.distributed.all_reduce(values)\n    return values",
+            "    if is_last:\n        torch.distributed.all_reduce(values)\n    return values",
+            ORDER_OF_RANKS,
+        ),
         ("number(state.is_writing)", "number(0)", f"{TRAIN}::test_checkpoints_written_in_the_background_are_the_same"),
         ("torch.distributed.all_reduce(values)", "pass", f"{SPLIT}[pretrain-DP2]"),
         (
@@ -72,10 +107,25 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("parallel.overlap_grad_reduce and stage.stage.is_first", "False", SUMS),
         ("in reversed(chunk.bucket_groups):", "in chunk.bucket_groups:", SUMS),
         ("else no_sync[0]", "else None", f"{SPLIT}[pretrain-DP2]"),
+        ("grad_reduce_in_fp32=True", "grad_reduce_in_fp32=False", SUMS),
         ("chunk.zero_grad_buffer()", "pass", TORCH),
         ("if id(parameter) not in overwritten", "if id(parameter) in overwritten", "benchmarks/test_fake_gpu.py"),
     ],
-    "pipeline/stage_messages.py": [("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py")],
+    "pipeline/stage_messages.py": [
+        ("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py"),
+        ("yield [num_rows[pack], 1,", "yield [num_rows[0], 1,", f"{SPLIT}[finetune-PP2]"),
+        ("leads in (is_first, is_last)", "leads in (is_last, is_first)", f"{SPLIT}[finetune-PP2 interleaved]"),
+    ],
+    "pipeline/phases.py": [
+        (' - phases.get("reduce", 0.0)', "", PHASES),
+        ("elapsed_time(end) / 1e3", "elapsed_time(end)", PHASES),
+        ("event.record()", "pass", PHASES),
+        ("seconds[rank] / mean - 1", "seconds[rank] - mean", PHASES),
+    ],
+    "pipeline/profiling.py": [
+        ("step >= self.last or is_last", "step > self.last or is_last", PHASES),
+        ("step >= self.last or is_last", "step >= self.last", PHASES),
+    ],
     "pipeline/loop.py": [
         ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),
         (
@@ -306,7 +356,42 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (".shared = not is_first", ".shared = False", f"{SPLIT}[pretrain-PP2]"),
         ("tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True", f"{SPLIT}[finetune-TP2 sequence]"),
     ],
+    "model/transfer.py": [
+        ("pin_memory=True", "pin_memory=False", f"{WAITS}[stage 2]"),
+        ("pinned.to(device, non_blocking=True)", "pinned.to(device)", f"{WAITS}[stage 2]"),
+        ("[0, *ends], sizes", "[*ends], sizes", f"{WAITS}[stage 2]"),
+    ],
+    "model/memory.py": [
+        ("ffn = text_rows + 2 * t * f", "ffn = text_rows + t * f", f"{ACTIVATIONS}[stage 2]"),
+        ("copies = 2 * in_8_bits", "copies = in_8_bits", f"{FP8}::test_weights_are_held_in_8_bits_twice_besides"),
+        ("+ 2 * pack.num_gathered_keys * keys", "", f"{ACTIVATIONS}[stage 2]"),
+        (
+            "MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]\n    return",
+            "MAIN_WEIGHT_BYTES\n    return",
+            "model/test_memory.py",
+        ),
+    ],
+    "model/config.py": [
+        ("if are_divided and", "if False and", FP8),
+    ],
     "model/compute.py": [
+        (
+            '"blockwise": "e4m3"',
+            '"blockwise": "hybrid"',
+            f"{FP8}::test_gradients_have_more_range_where_a_tensor_has_one_scale",
+        ),
+        ("tp_only_amax_red=True", "tp_only_amax_red=False", f"{FP8}::test_scales_are_agreed_on_within_a_replica"),
+        ("batch_p2p_sync=False", "batch_p2p_sync=True", WAITS),
+        (
+            "apply_rope_fusion=has_fused_kernels(compute, compute_dtype(compute))",
+            "apply_rope_fusion=False",
+            f"{FAKE_GPU}, {FP8}",
+        ),
+        (
+            "use_te_activation_func=has_fused_kernels(compute, compute_dtype(compute))",
+            "use_te_activation_func=False",
+            f"{FAKE_GPU}, {FP8}",
+        ),
         ("calculate_per_token_loss=True", "calculate_per_token_loss=False", TORCH),
         ("layernorm_epsilon=model.norm_epsilon", "layernorm_epsilon=1e-3", SAISA),
         ("config.has_cond_embedder = shared_projector", "config.has_cond_embedder = False", f"{SPLIT}[pretrain-PP2]"),

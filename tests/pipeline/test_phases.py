@@ -35,6 +35,26 @@ def test_parts_are_added_up_and_told_once(monkeypatch):
     assert phases.read() == {}
 
 
+def test_on_a_gpu_events_are_recorded_and_their_milliseconds_become_seconds(monkeypatch):
+    clock = iter([5.0, 1505.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = Phases(torch.device("cuda"))
+    with phases("encode"):
+        pass
+    assert phases.read() == {"encode": 1.5}
+
+
 def test_own_time_is_without_the_wait_for_others():
     assert own_seconds({"data": 1.0, "encode": 2.0, "forward_backward": 8.0, "reduce": 3.0, "optimizer": 9.0}) == 8.0
     assert slowest([1.0, 3.0, 2.0]) == (1, 0.5)
