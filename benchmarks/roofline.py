@@ -20,6 +20,7 @@ from benchmarks.fake_gpu.options import Config, Images, Overrides, Packs, Sample
 from benchmarks.fake_gpu.traces import Case, Event, Load, Trace, trace_all
 from common.console import build_console, count_text, run
 from model.flops import encoder_forward_flops, training_flops
+from model.parallel import ParallelConfig
 from pipeline.config import RunConfig, load_config
 
 
@@ -191,7 +192,7 @@ def main(
     recipe = load_config(config, [*settings])
     load = build_load(recipe, packs, samples, text, images)
     if recipe.parallel.pp > 1:
-        raise BadParameter("a pipeline's idle time is not predicted; leave parallel.pp=1", param_hint="overrides")
+        raise BadParameter(no_pipelines(recipe.parallel, packs), param_hint="overrides")
     [trace] = trace_all([Case(config, settings, load, world)])
     found = costs(trace, chip)
     total = sum(cost.seconds for cost in found.values())
@@ -210,6 +211,18 @@ def main(
     console.print(
         f"a step: {total * 1e3:.0f} ms; MFU: {alone / total / chip.peak_flops:.1%} of the model's FLOPs, "
         f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; times that the host waits: {num_waits}"
+    )
+
+
+def no_pipelines(parallel: ParallelConfig, num_packs: int) -> str:
+    """Returns why pipelines are refused, and what they cost at least.
+
+    Source: arXiv 2104.04473, section 2.2: stages of equal cost idle for (p - 1) / (m v) of the time that they compute.
+    """
+    idle = (parallel.pp - 1) / (num_packs * parallel.chunks_per_rank)
+    return (
+        f"parallel.pp={parallel.pp}: a trace is of one process, and how long its stage waits for the others is not in "
+        f"it; use parallel.pp=1. Stages of equal cost would idle for {idle:.0%} of the time that they compute"
     )
 
 

@@ -3,9 +3,19 @@
 from dataclasses import replace
 
 import pytest
+from typer import BadParameter
 
 from benchmarks.fake_gpu.traces import Event
-from benchmarks.roofline import Chip, Cost, at_layers, collective_seconds, seconds_of, seconds_of_all
+from benchmarks.roofline import (
+    Chip,
+    collective_seconds,
+    main,
+    no_pipelines,
+    seconds_of,
+    seconds_of_all,
+)
+from model.parallel import ParallelConfig
+from tests.benchmarks.traced import STAGE2
 
 # A kernel takes a second for each byte, a collective of two processes half a second for each.
 CHIP = Chip(1.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, 0.0)
@@ -79,10 +89,9 @@ def test_an_event_takes_as_long_as_its_slower_half(event, expected):
     assert seconds_of(event, RATES) == expected
 
 
-def test_every_layer_adds_what_the_third_does():
-    two = {("kernel", "add", "a.py:1"): Cost(1.0, 2)}
-    three = {("kernel", "add", "a.py:1"): Cost(1.5, 3), ("kernel", "mul", "b.py:1"): Cost(4.0, 1)}
-    assert at_layers(two, three, 32) == {
-        ("kernel", "add", "a.py:1"): Cost(1.0 + 30 * 0.5, 32),
-        ("kernel", "mul", "b.py:1"): Cost(30 * 4.0, 30),
-    }
+def test_a_pipeline_is_refused_with_what_it_would_cost():
+    parallel = ParallelConfig(pp=4, chunks_per_rank=2)
+    told = no_pipelines(parallel, num_packs=6)
+    assert told.startswith("parallel.pp=4: a trace is of one process") and "idle for 25% of" in told
+    with pytest.raises(BadParameter, match="idle for 50% of the time"):
+        main(STAGE2, packs=2, overrides=["parallel.pp=2"])
