@@ -6,6 +6,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ def test_what_is_cut_or_crashes_loses_nothing_else(tmp_path, monkeypatch):
         "failed: exit status -6; it last said: about to crash",
         "done",
     ]
+    assert results[0].seconds < 30, "it was waited for"
     assert all(result.rows == [{"what": "found in time", "value": 1.5}] for result in results)
     monkeypatch.setattr(runner, "TOTAL_SECONDS", 0)
     assert make_report(three[2:], tmp_path, tmp_path, is_dry=True)[0].status == "left out: 0 s were over"
@@ -68,6 +70,26 @@ def test_rows_become_a_table_with_a_column_for_each_name():
         "| --- | --- | --- |",
         "| step | 123 |  |",
         "| a/b | 0.5 | 1, 0.25 |",
+    ]
+
+
+def test_a_test_is_a_row_with_its_first_failure():
+    rows: list[dict] = []
+    plugin = parts._Tests(lambda **row: rows.append(row))
+    for name, when, outcome in (
+        ("a[1]", "setup", "passed"),
+        ("a[1]", "call", "failed"),
+        ("a[2]", "call", "failed"),
+        ("a[3]", "call", "passed"),
+        ("b", "setup", "skipped"),
+    ):
+        said = f"a traceback\nError in {name}"
+        report = {"nodeid": f"t.py::{name}", "when": when, "outcome": outcome, "failed": outcome == "failed"}
+        plugin.pytest_runtest_logreport(SimpleNamespace(**report, longrepr=said))
+    plugin.pytest_sessionfinish()
+    assert rows == [
+        {"test": "a", "passed": 1, "failed": 2, "skipped": 0, "first_failure": "a[1]: Error in a[1]"},
+        {"test": "b", "passed": 0, "failed": 0, "skipped": 1, "first_failure": ""},
     ]
 
 

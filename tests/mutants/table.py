@@ -46,16 +46,33 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("event.num_bytes / chip.memory_bytes, chip.launch_seconds)", "chip.launch_seconds)", ROOFLINE),
     ],
     "benchmarks/gpu_report/runner.py": [
-        ("process.kill()\n", "pass\n", GPU_REPORT),
-        ("if limit < 1:", "if False:", GPU_REPORT),
+        ("process.kill()\n", "pass\n", f"{GPU_REPORT}::test_what_is_cut_or_crashes_loses_nothing_else"),
+        ("if limit < 1:", "if False:", f"{GPU_REPORT}::test_what_is_cut_or_crashes_loses_nothing_else"),
     ],
     "benchmarks/gpu_report/parts.py": [
-        ("all(difference <= allowed for difference in differences)", "max(differences) <= allowed", GPU_REPORT),
-        ("if report.failed and not self.failure:", "if False:", GPU_REPORT),
+        (
+            "all(difference <= allowed for difference in differences)",
+            "max(differences) <= allowed",
+            f"{GPU_REPORT}::test_losses_that_are_far_from_the_cpus_fail_their_part",
+        ),
+        (
+            "if report.failed and not self.failure:",
+            "if report.failed:",
+            f"{GPU_REPORT}::test_a_test_is_a_row_with_its_first_failure",
+        ),
+        (
+            "if WAIT in str(",
+            "if str(",
+            f"{GPU_REPORT}::test_a_step_of_which_torch_says_that_it_waits_elsewhere_is_seen",
+        ),
     ],
     "benchmarks/gpu_report/tables.py": [
-        ("if abs(value) >= 100 else", "if True else", GPU_REPORT),
-        ('.replace("|", "/")', "", GPU_REPORT),
+        (
+            "if abs(value) >= 100 else",
+            "if True else",
+            f"{GPU_REPORT}::test_rows_become_a_table_with_a_column_for_each_name",
+        ),
+        ('.replace("|", "/")', "", f"{GPU_REPORT}::test_rows_become_a_table_with_a_column_for_each_name"),
     ],
     "pipeline/optimizer.py": [
         ("adam_beta1=optim.adam_beta1", "adam_beta1=0.9", TORCH),
