@@ -8,8 +8,7 @@ until the GPU has done all that was asked of it before.
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +50,8 @@ class Recorder(TorchDispatchMode):
         self.live_bytes = self.peak_bytes = 0
         self.peak_at = ""
         self.num_true: int | None = None  # in a mask whose size a result has; all of it if nobody says
-        self._part = "start"
         self._live: set[int] = set()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Names what the step is at."""
-        before, self._part = self._part, name
-        try:
-            yield
-        finally:
-            self._part = before
 
     def restart(self) -> None:
         """Forgets the events; the peak is that of what is alive now."""
@@ -146,7 +135,6 @@ class Recorder(TorchDispatchMode):
                 num_bytes=sum(_touched_bytes(tensor) for tensor in tensors),
                 flops=flops,
                 source=source_line(),
-                part=self._part,
                 ranks=ranks,
             )
         )
@@ -199,10 +187,8 @@ class Recorder(TorchDispatchMode):
         self.live_bytes += num_bytes
         weakref.finalize(storage, self._freed, self._live, key, num_bytes)
         if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_at = (
-                self.live_bytes,
-                f"{self._part}: {name} {tuple(tensor.shape)} {source_line()}",
-            )
+            self.peak_bytes = self.live_bytes
+            self.peak_at = f"{name} {tuple(tensor.shape)} {source_line()}"
 
     def _freed(self, live: set[int], key: int, num_bytes: int) -> None:
         live.discard(key)

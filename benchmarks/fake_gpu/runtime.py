@@ -8,6 +8,7 @@ The machine must be Linux on x86-64, and torch's build the one for CUDA.
 
 import ctypes
 import mmap
+import os
 import platform
 import struct
 from pathlib import Path
@@ -101,6 +102,7 @@ def install() -> None:
             f"a fake GPU needs a torch for CUDA {CUDA}x, and torch {torch.__version__} is for "
             f"{torch.version.cuda or 'none'}; {OTHER_TORCH}"
         )
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # there is no driver to ask
     libraries = Path(torch.__file__).parent / "lib"
     runtime = ctypes.CDLL(_loaded("libcudart.so"))
     _overwrite(runtime, RUNTIME | dict.fromkeys(SUCCEED, SUCCESS))

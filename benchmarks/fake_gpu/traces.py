@@ -31,7 +31,6 @@ class Event:
         num_bytes: read and written by a kernel; of the payload, otherwise.
         flops: of matrix products and attention, two for a multiply and an add; 0 for all else.
         source: the line of this repository that asked, and of the library that it asked; "backward" where autograd did.
-        part: what `Recorder.part` said the step was at.
         ranks: the processes of a collective.
     """
 
@@ -42,7 +41,6 @@ class Event:
     num_bytes: int
     flops: int
     source: str
-    part: str
     ranks: tuple[int, ...] = ()
 
 

@@ -23,11 +23,11 @@ BACKWARD = "backward (megatron/core/distributed/param_and_grad_buffer.py:702)"
 
 
 def kernel(num_bytes: int, source: str) -> Event:
-    return Event("kernel", "add", (), (), num_bytes, 0, source, "")
+    return Event("kernel", "add", (), (), num_bytes, 0, source)
 
 
 def collective(name: str, num_bytes: int, source: str) -> Event:
-    return Event("collective", name, (), (), num_bytes, 0, source, "", (0, 1))
+    return Event("collective", name, (), (), num_bytes, 0, source, (0, 1))
 
 
 def test_sums_run_beside_the_backward_pass_and_gathers_beside_the_forward_pass():
@@ -63,7 +63,7 @@ def test_what_is_asked_for_without_overlap_is_waited_for(name):
 )
 def test_a_ring_across_nodes_uses_all_adapters_of_its_processes(ranks, expected):
     chip = replace(CHIP, node_bytes=360, network_bytes=40)
-    assert collective_seconds(Event("collective", "x", (), (), 720, 0, "", "", tuple(ranks)), chip) == expected
+    assert collective_seconds(Event("collective", "x", (), (), 720, 0, "", tuple(ranks)), chip) == expected
 
 
 # FLOPs a second of bf16 products 10, of FP8 20, of attention 4 forward and 2 backward; 8 bytes; a launch takes 0.5.
@@ -73,16 +73,16 @@ RATES = Chip(40.0, 10.0, 20.0, (4.0, 2.0), 8.0, 1.0, 1.0, 0.5)
 @pytest.mark.parametrize(
     ("event", "expected"),
     [
-        (Event("kernel", "te.gemm", (), ("bfloat16", "bfloat16", "float32"), 8, 100, "", ""), 10),
-        (Event("kernel", "te.gemm", (), ("float8_e4m3fn", "float8_e5m2", "bfloat16"), 8, 100, "", ""), 5),
-        (Event("kernel", "te.gemm", (), ("bfloat16", "bfloat16", "float32"), 160, 100, "", ""), 20),
-        (Event("kernel", "_varlen_attn", (), ("bfloat16",), 8, 8, "", ""), 2),
-        (Event("kernel", "_varlen_attn_backward", (), ("bfloat16",), 8, 8, "", ""), 4),
-        (Event("kernel", "add", (), ("bfloat16",), 2, 0, "", ""), 0.5),
-        (Event("copy", "host to device", (), ("uint8",), 800, 0, "", ""), 0),
-        (Event("collective", "allgather", (), (), 8, 0, "", "", (0, 1)), 0.5 + 1 / 2 * 8),
-        (Event("collective", "allreduce", (), (), 8, 0, "", "", (0, 1)), 0.5 + 2 * 1 / 2 * 8),
-        (Event("collective", "allreduce", (), (), 8, 0, "", "", (0,)), 0),
+        (Event("kernel", "te.gemm", (), ("bfloat16", "bfloat16", "float32"), 8, 100, ""), 10),
+        (Event("kernel", "te.gemm", (), ("float8_e4m3fn", "float8_e5m2", "bfloat16"), 8, 100, ""), 5),
+        (Event("kernel", "te.gemm", (), ("bfloat16", "bfloat16", "float32"), 160, 100, ""), 20),
+        (Event("kernel", "_varlen_attn", (), ("bfloat16",), 8, 8, ""), 2),
+        (Event("kernel", "_varlen_attn_backward", (), ("bfloat16",), 8, 8, ""), 4),
+        (Event("kernel", "add", (), ("bfloat16",), 2, 0, ""), 0.5),
+        (Event("copy", "host to device", (), ("uint8",), 800, 0, ""), 0),
+        (Event("collective", "allgather", (), (), 8, 0, "", (0, 1)), 0.5 + 1 / 2 * 8),
+        (Event("collective", "allreduce", (), (), 8, 0, "", (0, 1)), 0.5 + 2 * 1 / 2 * 8),
+        (Event("collective", "allreduce", (), (), 8, 0, "", (0,)), 0),
     ],
 )
 def test_an_event_takes_as_long_as_its_slower_half(event, expected):
