@@ -62,8 +62,7 @@ def run_steps(state: TrainState) -> None:
             profiler.before(state.step + 1)
             state.is_writing = writer.is_writing()
             log.step(train_step(state, batch, wait_seconds))
-            for file in profiler.after(state.step, state.step == state.source.num_steps or state.is_stopping):
-                log.say(f"wrote {file}")
+            profiler.after(state.step, state.step == state.source.num_steps or state.is_stopping)
             if state.step % config.train.gc_every_steps == 0:
                 gc.collect()
             for reason in list(state.bad_samples.values())[num_bad:]:
@@ -76,6 +75,8 @@ def run_steps(state: TrainState) -> None:
                 started = time.monotonic()
                 writer.save(state.step, sharded_state(state.stages, state.optimizer, state.groups))
                 state.phases.add("save", time.monotonic() - started)
+            for file in profiler.write():  # behind the save: who asks a run to stop may not wait for it
+                log.say(f"wrote {file}")
             if state.is_stopping:
                 break
         if state.step < state.source.num_steps and log.failure is None:

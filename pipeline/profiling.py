@@ -42,6 +42,7 @@ class Profiler:
         self.folder, self.rank, self.on_gpu = folder, rank, on_gpu
         self.first, self.last = steps or (0, -1)
         self.running: profile | None = None
+        self.recorded: tuple[profile, int] | None = None  # and the last step in it
 
     def before(self, step: int) -> None:
         """Starts, if `step` is the first to be recorded; steps count from 1, as in `metrics.jsonl`."""
@@ -56,14 +57,19 @@ class Profiler:
         self.running = profile(activities=activities, record_shapes=True)
         self.running.__enter__()
 
-    def after(self, step: int, is_last: bool) -> list[Path]:
-        """Returns the files it has written: none, unless `step` is the last to be recorded, or of the run."""
-        if self.running is None or not (step >= self.last or is_last):
+    def after(self, step: int, is_last: bool) -> None:
+        """Stops, if `step` is the last to be recorded, or of the run."""
+        if self.running is not None and (step >= self.last or is_last):
+            self.running.__exit__(None, None, None)
+            self.running, self.recorded = None, (self.running, step)
+
+    def write(self) -> list[Path]:
+        """Returns the files it has written: none, unless something was recorded since the last time."""
+        if self.recorded is None:
             return []
-        running, self.running = self.running, None
-        running.__exit__(None, None, None)
+        (recorded, step), self.recorded = self.recorded, None
         stem = self.folder / f"rank-{self.rank}-steps-{self.first}-{step}"
-        written = self._write(stem.with_suffix(".json.gz"), lambda file: write_trace(running, file))
+        written = self._write(stem.with_suffix(".json.gz"), lambda file: write_trace(recorded, file))
         if self.on_gpu:
             written += self._write(stem.with_suffix(".pickle"), write_allocations)
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -141,6 +141,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "pipeline/profiling.py": [
         ("step >= self.last or is_last", "step > self.last or is_last", PHASES),
         ("step >= self.last or is_last", "step >= self.last", PHASES),
+        ("not self.first <= step <= self.last", "step != self.first", PHASES),
+        ('not trace.endswith(b"}")', "not trace", PHASES),
     ],
     "pipeline/loop.py": [
         ("timed(state.source.batches(state.step))", "timed(state.source.batches(0))", KILLED),

@@ -85,12 +85,14 @@ def test_garbage_is_collected_at_steps_alone_and_some_steps_are_recorded(world, 
 
     monkeypatch.setattr(step, "forward_and_backward", forward_and_backward)
     monkeypatch.setattr(gc, "collect", collect)
-    changes = {"train__max_steps": 4, "train__gc_every_steps": 2, "log__profile_steps": "[2,3]"}
+    changes = {"train__max_steps": 4, "train__gc_every_steps": 2, "log__profile_steps": "[3,9]"}
     train(world.config("demo-stage1", tmp_path, **changes))
     assert enabled == [False] * 4 and gc.isenabled()
     assert {2, 4} <= set(collected) and not {1, 3} & set(collected)
     [file] = (tmp_path / "profile").iterdir()
-    assert file.name == "rank-0-steps-2-3.json.gz"
+    assert file.name == "rank-0-steps-3-4.json.gz"
+    saved = tmp_path / "checkpoints" / "step-00000004" / "info.json"
+    assert file.stat().st_mtime_ns > saved.stat().st_mtime_ns, "whoever asks a run to stop may not wait so long"
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     names = Counter(event.get("name") for event in events)
     assert names["encode"] == names["forward_backward"] == names["optimizer"] == 2 and names["aten::mm"] > 2
@@ -112,9 +114,12 @@ def test_a_run_that_is_over_before_the_first_of_them_says_so():
 def test_a_run_that_goes_on_in_their_midst_records_the_rest_of_them(tmp_path):
     profiler = Profiler(tmp_path, (3, 9), 1, on_gpu=False)
     profiler.before(5)
-    assert profiler.after(5, is_last=False) == []
+    profiler.after(5, is_last=False)
+    assert profiler.write() == []
     profiler.before(6)
-    assert profiler.after(6, is_last=True) == [tmp_path / "rank-1-steps-5-6.json.gz"]
+    profiler.after(6, is_last=True)
+    assert profiler.write() == [tmp_path / "rank-1-steps-5-6.json.gz"]
+    assert profiler.write() == []
     profiler.before(10)
     assert profiler.running is None
 
@@ -122,8 +127,9 @@ def test_a_run_that_goes_on_in_their_midst_records_the_rest_of_them(tmp_path):
 def test_a_full_disk_costs_a_run_its_profile_alone(tmp_path, capsys):
     profiler = Profiler(tmp_path, (1, 1), 1, on_gpu=False)
     profiler.before(1)
+    profiler.after(1, is_last=False)
     with no_file_larger_than(500):
-        assert profiler.after(1, is_last=False) == []
+        assert profiler.write() == []
     assert "rank 1: no profile, training goes on: " in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
 
