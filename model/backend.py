@@ -29,7 +29,13 @@ from common.pickles import read_pickle
 from model.config import ComputeConfig
 
 FP8_STATE = "_extra_state"  # what Transformer Engine calls it in a state dict
-RECIPE_CLASSES = ("DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams")  # in their pickles
+RECIPE_CLASSES = [  # in their pickles; megatron-core's is what its layers are run with
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+    *(
+        ("transformer_engine.common.recipe", name)
+        for name in ("DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams")
+    ),
+]
 LOADERS = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
 """What a pickled tensor's bytes are read with; megatron-core puts its own in the place of torch's."""
 BLOCKWISE_SINCE, MXFP8_SINCE = (9, 0), (10, 0)
@@ -137,8 +143,7 @@ def _check_fp8_state(value: Any) -> None:
 
 def _fp8_state_globals() -> dict[tuple[str, str], Any]:
     """Returns stand-ins for the recipe's classes, which need no Transformer Engine, and torch's own for tensors."""
-    module = "transformer_engine.common.recipe"
-    known: dict[tuple[str, str], Any] = {(module, name): _Recipe for name in RECIPE_CLASSES}
+    known: dict[tuple[str, str], Any] = dict.fromkeys(RECIPE_CLASSES, _Recipe)
     known |= {(module, name): _load_data for module, name in LOADERS}
     known |= {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2}
     return known | {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}

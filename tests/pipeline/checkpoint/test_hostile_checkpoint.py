@@ -161,14 +161,20 @@ def as_bytes(value: object) -> torch.Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """A recipe as Transformer Engine's is pickled, which exists on GPUs only."""
-    module = ModuleType("transformer_engine.common.recipe")
-    kind = type("DelayedScaling", (), {"__module__": module.__name__})
-    vars(module)["DelayedScaling"] = kind
-    for name in ("transformer_engine", "transformer_engine.common", module.__name__):
-        monkeypatch.setitem(sys.modules, name, module)
+@pytest.fixture(
+    params=[
+        ("transformer_engine.common.recipe", "DelayedScaling"),
+        ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+    ],
+    ids=["Transformer Engine's", "megatron-core's"],
+)
+def recipe(request, monkeypatch):
+    """A recipe as it is pickled; both classes exist on GPUs only. Layers are run with megatron-core's."""
+    module, name = ModuleType(request.param[0]), request.param[1]
+    kind = type(name, (), {"__module__": module.__name__})
+    vars(module)[name] = kind
+    for parent in ("transformer_engine", "transformer_engine.common", module.__name__):
+        monkeypatch.setitem(sys.modules, parent, module)
     found = kind()
     vars(found).update(margin=0, amax_compute_algo="max")
     return found
