@@ -170,12 +170,13 @@ class Recorder(TorchDispatchMode):
     def _communicate(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
         ranks = torch.distributed.get_process_group_ranks(torch.distributed.ProcessGroup.unbox(group))
-        whole = max(tensors, key=torch.Tensor.numel)
-        self.add("collective", name.strip("_"), [whole], ranks=tuple(ranks))
         single = COALESCED.get(name)
+        pairs = [*zip(*args[:2], strict=True)] if single else [tensors]  # a bucket of each type of weights
+        wholes = [max(pair, key=torch.Tensor.numel) for pair in pairs]
+        self.add("collective", name.strip("_"), wholes, ranks=tuple(ranks))
         if single is None:
             return func(*args, **kwargs)
-        return [single(*pair, *args[2:], **kwargs) for pair in zip(*args[:2], strict=True)][-1][-1]
+        return [single(*pair, *args[2:], **kwargs) for pair in pairs][-1][-1]
 
     def _allocated(self, tensor: Tensor, name: str) -> None:
         storage = tensor.untyped_storage()
