@@ -56,6 +56,7 @@ def build_transformer_config(
         bf16=compute_dtype(compute) == torch.bfloat16,
         fp8=FP8_FORMATS[compute.fp8_recipe] if fp8 else None,
         fp8_recipe=compute.fp8_recipe,
+        fp8_param=compute.fp8_weights,
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         tp_only_amax_red=True,  # data-parallel ranks have different numbers of micro-batches, so they cannot meet there

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Phase = Literal["pretrain", "finetune"]
 """Of training: stage 1 or stage 2 of the paper (a stage without more words is one of the pipeline)."""
 FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
+WEIGHT_RECIPES = ("tensorwise", "blockwise")  # whose weights can be kept in 8 bits alone
 BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
 
 
@@ -91,6 +92,10 @@ class ComputeConfig(Section):
         default="tensorwise", description="how 8-bit numbers are scaled; mxfp8 needs Blackwell"
     )
     bf16_edge_layers: int = Field(default=0, ge=0, description="first and last layers that stay bf16 under fp8")
+    fp8_weights: bool = Field(
+        default=False,
+        description="under fp8 in stage 2: layers hold their weights in 8 bits alone, not in bf16 besides",
+    )
     attention: Literal["auto", "dense", "flash_attn", "torch_varlen", "block"] = "auto"
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="selective: projectors and attention; full: layers keep their input only"
@@ -102,6 +107,12 @@ class ComputeConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.fp8_weights and (self.precision != "fp8" or self.fp8_recipe not in WEIGHT_RECIPES):
+            raise ValueError(
+                f"compute.fp8_weights=true with compute.precision={self.precision} and compute.fp8_recipe="
+                f"{self.fp8_recipe}: it needs fp8 and a recipe whose scales follow from the weights alone; use "
+                f"{' or '.join(WEIGHT_RECIPES)}, or compute.fp8_weights=false"
+            )
         if self.bf16_edge_layers and self.precision == "fp8" and self.fp8_recipe == "delayed":
             raise ValueError(
                 f"compute.bf16_edge_layers={self.bf16_edge_layers} needs layers that are scaled one by one, and "

@@ -209,6 +209,10 @@ def load_parameters(model: torch.nn.Module, tensors: Iterable[Named], tp_rank: i
                 raise ValueError(
                     f"weight {name}: the model has shape {list(parameter.shape)}, the file {list(part.shape)}"
                 )
+            if hasattr(parameter, "get_high_precision_init_val"):  # Transformer Engine's, of a weight in 8 bits
+                part = part.to(parameter.dtype)  # as it would be in 16 bits
+                # The optimizer's fp32 weight starts from it; kept on the host until then.
+                cast(Any, parameter)._high_precision_init_val = part.cpu()
             parameter.copy_(part)
             missing.discard(name)
     if missing:

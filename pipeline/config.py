@@ -192,6 +192,11 @@ class RunConfig(Section):
                 f"data.template={data.template!r} is unknown{nearest(data.template, TEMPLATES)}; "
                 f"use one of {', '.join(TEMPLATES)}"
             )
+        if self.compute.fp8_weights and self.phase == "pretrain":
+            raise ValueError(
+                "compute.fp8_weights=true with phase=pretrain: checkpoints keep fp32 copies of trained weights alone, "
+                "and stage 1 leaves the layers' as they are; use compute.fp8_weights=false, it fits without"
+            )
         if data.max_positions > model.max_positions:
             raise ValueError(
                 f"data.max_positions={data.max_positions} must be at most model.max_positions={model.max_positions}: "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -71,6 +72,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         params_dtype=compute_dtype(config.compute),
         use_distributed_optimizer=True,
         use_precision_aware_optimizer=optim.moments == "bf16",
+        fp8_recipe=config.compute.fp8_recipe if config.compute.fp8_weights else None,
         store_param_remainders=False,  # checkpoints are to have the whole fp32 weight
         exp_avg_dtype=DTYPES[optim.moments],
         exp_avg_sq_dtype=DTYPES[optim.moments],
@@ -109,6 +111,13 @@ class OwnedRange:
     start: int
     stop: int
     states: dict[str, Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """The model's weight, flat; what the model holds in 8 bits as it was before it was rounded to them."""
+        if is_float8tensor(self.parameter):
+            return self.states["param"].to(self.parameter.dtype)
+        return self.parameter.detach().view(-1)[self.start : self.stop]
 
 
 def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:

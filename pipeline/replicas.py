@@ -33,6 +33,7 @@ def wrap(
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=not parallel.reduce_in_bf16,
+        fp8_param_gather=bool(stages[0].config.fp8_param),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=parallel.overlap_param_gather,  # layers wait for weights, `gather_weights` asks for them

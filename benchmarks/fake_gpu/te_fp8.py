@@ -6,10 +6,12 @@ are those of its C++ sources, 2.20, on Hopper: quantizer.cpp, extensions/cast.cp
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.fake_gpu.recorder import Recorder
 
@@ -89,6 +91,23 @@ def quantization(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         recorder.add("kernel", "te.dequantize", [rowwise], [out])
         return out
 
+    def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+        assert tensor.is_cuda and tensor.is_contiguous() and amax.dtype == torch.float32 and amax.numel() == 1
+        recorder.add("kernel", "te.compute_amax", [tensor], [amax])
+
+    def fp8_block_scaling_compute_partial_amax(
+        tensor: Tensor, amax: Tensor, height: int, width: int, start: int, block: int
+    ) -> None:
+        check_part(tensor, amax, height, width, start, block)
+        recorder.add("kernel", "te.partial_amax", [tensor], [amax])
+
+    def fp8_block_scaling_partial_cast(
+        tensor: Tensor, out: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any
+    ) -> None:
+        check_part(tensor, scale, height, width, start, block)
+        assert out.dtype == torch.uint8 and out.numel() == tensor.numel(), (out.dtype, out.shape)
+        recorder.add("kernel", "te.partial_cast", [tensor, scale], [out.view(FP8[int(dtype)])])
+
     def fused_amax_and_scale_update_after_reduction(
         amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: float
     ) -> None:
@@ -111,10 +130,34 @@ def quantization(recorder: Recorder) -> dict[str, Callable[..., Any]]:
             bgrad_quantize,
             fp8_transpose,
             dequantize,
+            compute_amax,
+            fp8_block_scaling_compute_partial_amax,
+            fp8_block_scaling_partial_cast,
             fused_amax_and_scale_update_after_reduction,
             swap_first_dims,
         )
     }
+
+
+def let_parts_be_fake() -> None:
+    """Lets views of 8-bit tensors be taken: their class calls `__torch_dispatch__` of the parts as a plain tensor's.
+
+    That of a fake tensor refuses, because it sees the class among the types. So the types are left out, and it does
+    what a plain tensor does where there are none.
+    """
+    for module, name in (("float8_tensor", "Float8Tensor"), ("float8_blockwise_tensor", "Float8BlockwiseQTensor")):
+        cls = getattr(engine(f"tensor.{module}"), name)
+        cls.__torch_dispatch__ = classmethod(partial(_without_types, cls.__torch_dispatch__.__func__))
+    fake: Any = FakeTensor
+    fake.__torch_dispatch__ = classmethod(partial(_as_plain, fake.__torch_dispatch__.__func__))
+
+
+def _without_types(own: Any, cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    return own(cls, func, (), args, kwargs or {})
+
+
+def _as_plain(own: Any, cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    return own(cls, func, types, args, kwargs or {}) if types else func(*args, **(kwargs or {}))
 
 
 def made_by(quantizer: Any, shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -136,6 +179,13 @@ def data_of(tensor: Any) -> tuple[Tensor | None, Tensor | None]:
     dtype = FP8[int(tensor._fp8_dtype)]
     rowwise, columnwise = (None if part is None else part.view(dtype) for part in (getattr(tensor, n) for n in names))
     return rowwise, None if getattr(tensor, "_transpose_invalid", False) else columnwise
+
+
+def check_part(part: Tensor, scales: Tensor, height: int, width: int, start: int, block: int) -> None:
+    """Makes sure that a flat part of a weight can be scaled by blocks (fp8_partial_cast.cpp)."""
+    assert part.is_cuda and part.dtype in (torch.float32, torch.bfloat16) and part.is_contiguous()
+    assert block == 128 and scales.dtype == torch.float32 and scales.shape[0] == -(-height // block), scales.shape
+    assert scales.shape[1] >= -(-width // block) and start + part.numel() <= height * width
 
 
 def operand(tensor: Any, is_columnwise: bool) -> Tensor:

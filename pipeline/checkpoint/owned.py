@@ -76,7 +76,7 @@ def _named(owned: OwnedRange, name: str, with_weights: bool) -> Iterator[tuple[s
     for kind, flat in owned.states.items():
         yield f"optimizer.state.{kind}.{name}", flat
     if with_weights:
-        yield name, owned.parameter.detach().view(-1)[owned.start : owned.stop]
+        yield name, owned.weight
 
 
 def _cut(whole: Whole, key: str, flat: Tensor, start: int) -> Iterator[ShardedTensor]:

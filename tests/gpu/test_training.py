@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from functools import cache
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ for name in ("pyarrow", "streaming", "tensorboard", "torchvision", "upath"):
     pytest.importorskip(name, reason=f"whole runs write and read shards, which needs {name}")
 
 from data_prep.shapes import write_dataset
+from model.config import WEIGHT_RECIPES
 from pipeline.checkpoint.run_info import latest_checkpoint
 from pipeline.config import load_config
 from pipeline.loop import train
@@ -84,6 +85,17 @@ def test_fp8_trains_like_bf16(recipe, phase, run):
     assert_near(fp8, run(phase, compute__precision="bf16"), **FP8_BOUNDS)
 
 
+@pytest.mark.parametrize("recipe", WEIGHT_RECIPES)
+def test_weights_in_8_bits_alone_train_as_those_beside_bf16(recipe, run):
+    """Both are the optimizer's weights, rounded to 16 bits and then to 8: the first loss has the same numbers in it."""
+    need_recipe(recipe)
+    settings = {"compute__precision": "fp8", "compute__fp8_recipe": recipe}
+    alone, beside = run("finetune", **settings, compute__fp8_weights="true"), run("finetune", **settings)
+    assert_near(alone, beside, loss=2e-3, grad_norm=0.02)
+    first, other = (read_metrics(folder)[0]["loss"] for folder in (alone, beside))
+    assert first == pytest.approx(other, rel=1e-6)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     "changes",
@@ -102,17 +114,16 @@ def test_memory_and_padding_change_nothing(changes, phase, run):
     assert_near(run(phase, **compute, **changes), run(phase, **compute), loss=2e-3, grad_norm=0.02)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"compute__precision": "bf16"},
-        {"compute__precision": "bf16", "optim__moments": "bf16"},
-        {"compute__precision": "fp8", "compute__fp8_recipe": "tensorwise"},
-        {"compute__precision": "fp8", "compute__fp8_recipe": "delayed"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("phase", PHASES)
+RESUMED = [
+    {"compute__precision": "bf16"},
+    {"compute__precision": "bf16", "optim__moments": "bf16"},
+    {"compute__precision": "fp8", "compute__fp8_recipe": "tensorwise"},
+    {"compute__precision": "fp8", "compute__fp8_recipe": "delayed"},
+]
+WITH_WEIGHTS = {"compute__precision": "fp8", "compute__fp8_weights": "true"}
+
+
+@pytest.mark.parametrize(("phase", "changes"), [*product(PHASES, RESUMED), ("finetune", WITH_WEIGHTS)], ids=str)
 def test_a_run_goes_on_from_its_checkpoint(phase, changes, run, tmp_path):
     """The optimizer is Transformer Engine's here, with moments and step counts of its own; so are delayed scales."""
     need_recipe("tensorwise")

@@ -79,6 +79,15 @@ def test_delayed_scaling_refuses_edge_layers():
         ComputeConfig(precision="fp8", fp8_recipe="delayed", bf16_edge_layers=1)
 
 
+@pytest.mark.parametrize(("precision", "recipe"), [("bf16", "tensorwise"), ("fp8", "delayed"), ("fp8", "mxfp8")])
+def test_weights_in_8_bits_alone_need_scales_that_follow_from_the_weights(precision, recipe):
+    message = f"compute.fp8_weights=true with compute.precision={precision} .*{recipe}.* use tensorwise or blockwise"
+    with pytest.raises(ValidationError, match=message):
+        ComputeConfig(precision=precision, fp8_recipe=recipe, fp8_weights=True)
+    compute = ComputeConfig(precision="fp8", fp8_recipe="blockwise", fp8_weights=True)
+    assert build_transformer_config(MODEL, compute, ParallelConfig(), False).fp8_param
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_delayed_scaling_refuses_recomputing(recompute):
     with pytest.raises(ValidationError, match=f"compute.recompute={recompute} with compute.fp8_recipe=delayed"):

@@ -1,5 +1,7 @@
 """The weight-name table: both directions, and refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,3 +69,13 @@ def test_load_parameters_refuses_other_shapes_and_gaps():
         load_parameters(layer, [("weight", torch.zeros(2, 3))])
     with pytest.raises(ValueError, match="1 weight found in no file, such as bias"):
         load_parameters(layer, [("weight", torch.zeros(3, 2))])
+
+
+def test_a_weight_in_8_bits_keeps_what_the_optimizer_starts_from():
+    """Transformer Engine's parameter says what it was before it was rounded, in the type it stands for."""
+    layer = torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+    weight: Any = layer.weight
+    weight.get_high_precision_init_val = lambda: weight._high_precision_init_val
+    load_parameters(layer, [("weight", torch.tensor([[1.001, 3.017]]))])
+    assert weight.get_high_precision_init_val().tolist() == [[1, 3.015625]]
+    assert weight.get_high_precision_init_val().dtype == torch.bfloat16

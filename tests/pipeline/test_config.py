@@ -57,6 +57,10 @@ def test_overrides_win_over_the_file():
         ("checkpoint.resume=previous", "checkpoint.resume='previous' is called newest_whole now"),
         ("train.global_batch_size=0", "train.global_batch_size=0: must be greater than 0"),
         ("compute.precision=fp64", "compute.precision=fp64: must be 'bf16', 'fp32' or 'fp8'"),
+        (
+            "compute={precision: fp8, fp8_weights: true}",
+            "phase=pretrain: checkpoints keep fp32 copies of trained weights",
+        ),
         ("train.max_steps=1.5", "train.max_steps=1.5: must be a whole number, such as 8"),
         ("optim.adam_epsilon=small", "optim.adam_epsilon=small: must be a number, such as 2e-5"),
         ("log.tensorboard=maybe", "log.tensorboard=maybe: must be true or false"),

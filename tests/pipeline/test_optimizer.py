@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from pipeline import optimizer
 from pipeline.config import OptimConfig
-from pipeline.optimizer import freeze, learning_rate
+from pipeline.optimizer import OwnedRange, freeze, learning_rate
 from tests.model.test_saisa import build, tiny
 
 
@@ -33,3 +34,13 @@ def test_each_stage_trains_exactly_its_parameters(megatron):
     stage2 = build(tiny())
     freeze(stage2, "finetune")
     assert all(parameter.requires_grad for parameter in stage2.parameters())
+
+
+def test_the_weight_of_a_range_is_the_optimizers_where_the_model_has_it_in_8_bits(monkeypatch):
+    """A checkpoint of either then holds the same: fp32 rounded to 16 bits."""
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16))
+    exact = torch.tensor([2.001, 3.017])
+    owned = OwnedRange(parameter, 1, 3, {"param": exact})
+    assert owned.weight.tolist() == [2, 3] and owned.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(optimizer, "is_float8tensor", lambda tensor: tensor is parameter)
+    assert owned.weight.tolist() == [2, 3.015625] and owned.weight.dtype == torch.bfloat16
