@@ -14,7 +14,7 @@ from model.config import ComputeConfig, ModelConfig, Phase, VisionConfig
 from model.flops import parameter_counts
 from model.parallel import ParallelConfig, padded_vocab_size
 
-ELEMENT_BYTES = 2  # of weights and activations: bf16, under FP8 too
+ELEMENT_BYTES = 2  # of weights and activations: bf16; under FP8 what a product reads has 1
 STATISTICS_BYTES = 4  # of norms and of the softmax: fp32 in every precision
 GRADIENT_BYTES = 4  # unless they are summed in bf16
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -68,7 +68,8 @@ def activation_bytes(
     """Returns the activation memory of a pack on a device that has 1 / tp of every layer.
 
     Between the layers rows are divided by `parallel.num_row_parts`, within them heads, FFN and vocabulary by tp. In
-    stage 1 nothing is kept that only the gradient of a frozen weight needs.
+    stage 1 nothing is kept that only the gradient of a frozen weight needs. Under FP8 a linear layer keeps its input in
+    8 bits, and what an operation before it keeps as well (features, attention's output) is held twice.
 
     Source: what autograd saves of every operation of `model.saisa`, and what is alive beside it at the worst moment; of
     flash attention queries, keys, values, output and the log-sum-exp of each row (arXiv 2307.08691, section 3.1).
@@ -81,29 +82,39 @@ def activation_bytes(
     t, i, own_t, own_i = pack.num_text, pack.num_visual, pack.num_text // parts, pack.num_visual // parts
     text_rows, vocabulary = own_t * d, padded_vocab_size(model) * e // tp
 
-    inner = 2 * i * d // tp if model.projector == "mlp" else 0  # before and after GELU
-    projector = inner + own_i * d
-    linear_inputs = 2 * text_rows + own_i * d if is_trained else 0  # of queries; of keys and values
+    in_8_bits = layers_in_8_bits(model, compute)
+    kept = 1 - in_8_bits / ELEMENT_BYTES  # of a linear layer's input; with edge layers in bf16 the mean of all layers
+    c = model.vision.hidden_size
+    is_mlp = model.projector == "mlp"
+    inner = i * d // tp * (1 + kept) if is_mlp else 0  # before GELU, and after it the second layer's input
+    features = in_8_bits * i * c // (1 if is_mlp else tp)  # those in 16 bits are shared by all layers
+    projector = features + inner + own_i * d
+    linear_inputs = kept * (2 * text_rows + own_i * d) if is_trained else 0  # of queries; of keys and values
     statistics = (2 * own_t + own_i + t * model.num_attention_heads // tp) * STATISTICS_BYTES
     flash = 2 * t * queries + 2 * pack.num_gathered_keys * keys
+    if is_trained:
+        flash += (1 - kept) * t * queries  # the output layer's input
     attend = (projector if is_trained else 0) + linear_inputs + flash + statistics
-    ffn = text_rows + 2 * t * f + (text_rows + t * f if is_trained else 0)  # residual, up and gate; linear inputs
+    ffn = text_rows + 2 * t * f + (kept * (text_rows + t * f) if is_trained else 0)  # residual, up and gate; inputs
 
     # Beside what attention keeps: keys and values as they come, again in order under sequence parallelism, turned keys,
     # visual rows behind their norm, and what comes out.
     attending = (3 + 2 * (parts > 1)) * (t + i) * keys + own_i * d + text_rows
-    # In the backward pass of the FFN: the gradients of its second layer's input and weight, then of the first's output.
-    ffn_backward = max(t * f + model.hidden_size * f, 2 * t * f) if is_trained else 3 * t * f
+    # In the backward pass of the FFN: the gradients of its second layer's input and weight, then of the first's output
+    # without the second's input, which is not needed by then.
+    weight = 0 if compute.gradient_accumulation_fusion else model.hidden_size * f
+    ffn_backward = max(t * f + weight, (3 - kept) * t * f) if is_trained else 3 * t * f
+    shared_gradient = 0 if is_trained else own_i * d  # of the visual rows, from the layers behind
     layer, working = {
         "none": (text_rows + attend + ffn, max(ffn_backward, attending - ffn)),
         "selective": (text_rows + ffn, max(ffn_backward, attend + attending - ffn + text_rows)),
-        "full": (text_rows, attend + ffn + ffn_backward),
+        "full": (text_rows, attend + ffn + ffn_backward + shared_gradient),
     }[compute.recompute]
     head_rows = pack.num_targets * d
     return ActivationBytes(
-        shared=i * model.vision.hidden_size * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector),
-        layer=layer,
-        working=working + text_rows,  # the gradient that comes from behind
+        shared=int(i * c * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector)),
+        layer=int(layer),
+        working=int(working) + text_rows,  # the gradient that comes from behind
         head=text_rows
         + head_rows
         + max(
@@ -111,6 +122,11 @@ def activation_bytes(
             pack.num_targets * vocabulary + head_rows + (model.hidden_size * vocabulary if is_trained else 0),
         ),
     )
+
+
+def layers_in_8_bits(model: ModelConfig, compute: ComputeConfig) -> float:
+    """Returns the fraction of the layers that multiply in 8 bits."""
+    return max(1 - 2 * compute.bf16_edge_layers / model.num_layers, 0) if compute.precision == "fp8" else 0
 
 
 def largest_pack(model: ModelConfig, max_text_tokens: int, max_images: int) -> PackSize:
@@ -145,17 +161,16 @@ def resident_bytes(
 
     Weights; gradients of what is trained, in fp32 unless `reduce_in_bf16`; a share of its fp32 weights and two moments.
     Where weight gradients are added within the products, Transformer Engine keeps a tensor of each weight's shape to
-    give autograd instead. Under FP8 it keeps each weight in 8 bits besides, by row and by column.
+    give autograd instead. Under FP8 it keeps each weight in 8 bits besides, by row and by column; with `fp8_weights`
+    instead.
     Source: ZeRO (arXiv 1910.02054), section 3.1, with what megatron-core's distributed optimizer divides.
     """
     counts = parameter_counts(model, phase)
     divided = MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]
     gradient = ELEMENT_BYTES if reduce_in_bf16 else GRADIENT_BYTES
     trained = counts.num_trained * (gradient + divided / num_replicas)
-    copies = 0.0
-    if compute.precision == "fp8":
-        in_8_bits = 1 - min(2 * compute.bf16_edge_layers / model.num_layers, 1)
-        copies = 2 * in_8_bits * (counts.layers + counts.projectors)
+    has_copies = compute.precision == "fp8" and not compute.fp8_weights
+    copies = 2 * layers_in_8_bits(model, compute) * (counts.layers + counts.projectors) if has_copies else 0
     stand_ins = 0
     if compute.gradient_accumulation_fusion and phase == "finetune":
         d, f, c = model.hidden_size, model.ffn_hidden_size, model.vision.hidden_size

@@ -6,6 +6,7 @@ must have its fake GPU before it imports this: `benchmarks.fake_gpu.traces.trace
 """
 
 import gc
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
@@ -21,6 +27,7 @@ from benchmarks.fake_gpu import attention, te
 from benchmarks.fake_gpu.recorder import Recorder
 from benchmarks.fake_gpu.runtime import FakeTensors
 from benchmarks.fake_gpu.traces import Case, Load, Trace
+from model.backend import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.compute import compute_dtype
 from model.flops import stage_costs
 from model.hf.image_processing_saisa import SaisaImageProcessor
@@ -60,33 +67,61 @@ def trace_step(config: RunConfig, load: Load, recorder: Recorder, is_resumed: bo
     with FakeTensors(allow_non_fake_inputs=True), recorder:
         state = build_state(config, load)
         start_bytes = recorder.peak_bytes
+        if is_resumed:
+            load_own_state(state)
         for step in range(2):
-            if is_resumed and step:
-                load_own_state(state)
             recorder.restart()
             resident_bytes = recorder.live_bytes
             train_step(state, build_batch(step, packs, state), wait_seconds=0.0)
         seen = [*recorder.events], start_bytes, resident_bytes, recorder.peak_bytes, recorder.peak_at
         tensors = [
-            tensor
-            for owned in owned_ranges(state.optimizer)
-            for tensor in (owned.parameter.detach().view(-1)[owned.start : owned.stop], *owned.states.values())
+            tensor for owned in owned_ranges(state.optimizer) for tensor in (owned.weight, *owned.states.values())
         ]
     return Trace(*seen, saved_bytes=sum(tensor.nbytes for tensor in tensors))
 
 
 def load_own_state(state: TrainState) -> None:
-    """Loads what a checkpoint of this process would hold of weights and optimizer, as `restore_checkpoint` does.
-
-    Not the scales of FP8's delayed recipe: they are stored as a pickle, which fake tensors cannot be in.
-    """
+    """Loads what a checkpoint of this process would hold of weights and optimizer, as `restore_checkpoint` does."""
     stored = sharded_state(state.stages, state.optimizer, state.groups, is_loading=True)
+    force_all_tensors_to_non_fp8(stored)  # as dist_checkpointing.load does first
     for entry in stored["optimizer"]["owned"].values():  # data are views of what the optimizer and the model have
         entry.data.copy_(entry.data.clone())
     for number, stage in enumerate(state.stages):
-        weights = {name: entry.data.clone() for name, entry in stored[f"stage{number}"].items()}
+        own = stored[f"stage{number}"]
+        weights = {name: entry.data.clone() for name, entry in own.items() if not name.endswith(FP8_STATE)}
         stage.load_state_dict(weights, strict=False)
+        if has_fp8_state(stage.config):
+            names = [f"{name}.{FP8_STATE}" for name, module in stage.named_modules() if hasattr(module, "fp8_meta")]
+            assert own.keys() >= {*names}, "scales that no checkpoint has"
+            scales = dict.fromkeys(names, delayed_scales(stage.config))
+            with fp8_state_checked(scales):
+                stage.load_state_dict(scales, strict=False)
     set_num_updates(state.optimizer, stored["optimizer"]["step"])
+
+
+def delayed_scales(config: TransformerConfig) -> Tensor:
+    """Returns what a checkpoint holds of FP8's delayed recipe for a linear layer, as Transformer Engine writes it."""
+    recipe, length = get_fp8_recipe(config), config.fp8_amax_history_len
+    with unset_fake_temporarily():  # a pickle has values
+        scales = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(length, 3)}  # input, weight, output
+        scales |= {"scale_bwd": torch.ones(2), "amax_history_bwd": torch.zeros(length, 2)}  # gradients: output, input
+        extra = {"num_gemms": 1, "fp8_checkpoint": True}
+        written = pickle.dumps({"recipe": recipe, **scales, "extra_fp8_variables": extra})
+        return torch.frombuffer(bytearray(written), dtype=torch.uint8).as_subclass(_WithValues)
+
+
+class _WithValues(Tensor):
+    """A tensor of the host that has values beside fake ones, for what reads them as an array."""
+
+    def detach(self) -> Tensor:
+        return self
+
+    def cpu(self) -> Tensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        with unset_fake_temporarily():
+            return self.as_subclass(Tensor).numpy()
 
 
 def join_fake_world(world_size: int, rank: int) -> None:

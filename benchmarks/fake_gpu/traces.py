@@ -70,7 +70,7 @@ class Load:
 class Case:
     """A step to trace: as `rank` of `world_size` processes, with settings of the recipe changed by `overrides`.
 
-    With `is_resumed` the run takes up a checkpoint of its own before that step.
+    With `is_resumed` the run begins with a checkpoint of its own.
     """
 
     config: Path
