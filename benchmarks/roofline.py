@@ -50,6 +50,22 @@ class Chip:
 
 
 GPUS_OF_A_NODE = 8
+QUANTIZING = {
+    f"te.{name}"
+    for name in (
+        "quantize",
+        "quantize_dbias",
+        "compute_amax",
+        "compute_scale_from_amax",
+        "fp8_transpose",
+        "partial_amax",
+        "partial_cast",
+        "amax_and_scale_update",
+        "swap_first_dims",
+        "dequantize",
+    )
+}
+"""Transformer Engine's kernels that make or lay out 8-bit numbers."""
 NUM_LISTED = 16
 CHIPS = {
     # Source: NVIDIA's H100 SXM data sheet (989 TFLOP/s, 3.35 TB/s, NVLink 450 GB/s a direction) and 400 Gb/s a GPU;
@@ -132,6 +148,8 @@ def kind_of(event: Event) -> str:
         return "attention"
     if event.flops:
         return "matrix products"
+    if event.name in QUANTIZING:
+        return "scaling to 8 bits"
     if event.name.startswith("te.multi_tensor") or event.source.startswith("pipeline/optimizer.py"):
         return "optimizer"
     return "bandwidth-bound kernels"

@@ -9,6 +9,7 @@ from benchmarks.fake_gpu.traces import Event
 from benchmarks.roofline import (
     Chip,
     collective_seconds,
+    kind_of,
     main,
     no_pipelines,
     seconds_of,
@@ -95,3 +96,17 @@ def test_a_pipeline_is_refused_with_what_it_would_cost():
     assert told.startswith("parallel.pp=4: a trace is of one process") and "idle for 25% of" in told
     with pytest.raises(BadParameter, match="idle for 50% of the time"):
         main(STAGE2, packs=2, overrides=["parallel.pp=2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "kind"),
+    [
+        ("te.gemm", 16, "matrix products"),
+        ("te.quantize", 0, "scaling to 8 bits"),
+        ("te.compute_amax", 0, "scaling to 8 bits"),
+        ("te.fp8_transpose", 0, "scaling to 8 bits"),
+        ("te.swiglu", 0, "bandwidth-bound kernels"),
+    ],
+)
+def test_what_makes_8_bits_has_a_line_of_its_own(name, flops, kind):
+    assert kind_of(Event("kernel", name, (), ("bfloat16", "float8_e4m3fn"), 8, flops, "model/saisa.py:1", "")) == kind

@@ -74,6 +74,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ('.replace("|", "/")', "", f"{GPU_REPORT}::test_rows_become_a_table_with_a_column_for_each_name"),
     ],
     "pipeline/optimizer.py": [
+        (
+            "if is_float8tensor(self.parameter)",
+            "if False",
+            "pipeline/test_optimizer.py::test_the_weight_of_a_range_is_the_optimizers_where_the_model_has_it_in_8_bits",
+        ),
         ("adam_beta1=optim.adam_beta1", "adam_beta1=0.9", TORCH),
         ("adam_beta2=optim.adam_beta2", "adam_beta2=0.999", TORCH),
         ("adam_eps=optim.adam_epsilon", "adam_eps=1e-8", TORCH),
@@ -381,7 +386,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model/memory.py": [
         ("ffn = text_rows + 2 * t * f", "ffn = text_rows + t * f", f"{ACTIVATIONS}[stage 2]"),
-        ("copies = 2 * in_8_bits", "copies = in_8_bits", f"{FP8}::test_weights_are_held_in_8_bits_twice_besides"),
+        ("copies = 2 * layers_in_8_bits", "copies = layers_in_8_bits", f"{FP8}::test_weights_are_held_in_8_bits_twice"),
+        ("kept = 1 - in_8_bits", "kept = 1 - 0 * in_8_bits", f"{FP8}::test_activations_are_those_of_the_formula"),
         ("+ 2 * pack.num_gathered_keys * keys", "", f"{ACTIVATIONS}[stage 2]"),
         (
             "MAIN_WEIGHT_BYTES + 2 * MOMENT_BYTES[moments]\n    return",
