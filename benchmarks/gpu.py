@@ -2,8 +2,8 @@
 
     make bench-gpu ARGS="--json numbers.json"
 
-- A layer, forward and backward, against LLaVA's. Until that architecture exists here, LLaVA's layer is SAISA's own code
-  with the visual tokens passed as text: they ask, attend and pass the FFN like any other token. It has no projector.
+- A layer, forward and backward, against LLaVA's, whose visual tokens ask, attend and pass the FFN like any other token.
+  It has no projector.
 - Attention with each kernel against dense masks.
 - FP8 against bf16, and Transformer Engine's RMSNorm against torch's, which the model uses.
 - Forward and backward passes of a model with few layers, as a fraction of the chip's bf16 peak (MFU), in both stages;
@@ -32,10 +32,11 @@ from model.attention import attention, check_backend, installed_kernels, rotary_
 from model.backend import HAVE_TE, LayerBuilder, check_fp8
 from model.compute import build_transformer_config, compute_dtype
 from model.config import ComputeConfig, ModelConfig
-from model.flops import Phase, matrix_products, training_flops
+from model.flops import Phase, layer_training_flops, matrix_products, projector_training_flops, training_flops
 from model.pack import Pack
 from model.parallel import ParallelConfig, Stage
-from model.saisa import SaisaLayer, SaisaModel
+from model.saisa import SaisaModel
+from model.updates import build_layer
 from pipeline.config import LogConfig
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.metrics import peak_tflops
@@ -48,25 +49,19 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn")
 WARM_UP = 3  # rounds that are not timed: kernels are chosen or compiled, delayed FP8 scales settle
 
 
-def even_pack(num_samples: int, num_text: int, num_images: int, num_tokens: int, images_as_text: bool = False) -> Pack:
-    """Returns a pack of equal samples whose images divide their text evenly; every text token has a target.
-
-    With `images_as_text` the tokens of the images are text tokens, in the same places, without targets.
-    """
+def even_pack(num_samples: int, num_text: int, num_images: int, num_tokens: int) -> Pack:
+    """Returns a pack of equal samples whose images divide their text evenly; every text token has a target."""
     before = [(j + 1) * num_text // (num_images + 1) for j in range(num_images)]  # text tokens before each image
     starts = torch.tensor([text + j * num_tokens for j, text in enumerate(before)], dtype=torch.long)
     positions = torch.arange(num_text + num_images * num_tokens)
     is_visual = ((positions[:, None] >= starts) & (positions[:, None] < starts + num_tokens)).any(-1)
-    targets = torch.where(is_visual, -100, 0)
-    if not images_as_text:
-        positions, targets = positions[~is_visual], targets[~is_visual]
     return Pack(
-        token_ids_T=torch.zeros(num_samples * len(positions), dtype=torch.long),
-        positions_T=positions.repeat(num_samples),
-        targets_T=targets.repeat(num_samples),
-        image_positions=starts.repeat(0 if images_as_text else num_samples),
-        text_lengths=[len(positions)] * num_samples,
-        image_counts=[0 if images_as_text else num_images] * num_samples,
+        token_ids_T=torch.zeros(num_samples * num_text, dtype=torch.long),
+        positions_T=positions[~is_visual].repeat(num_samples),
+        targets_T=torch.zeros(num_samples * num_text, dtype=torch.long),
+        image_positions=starts.repeat(num_samples),
+        text_lengths=[num_text] * num_samples,
+        image_counts=[num_images] * num_samples,
         num_tokens_per_image=num_tokens,
     )
 
@@ -101,20 +96,22 @@ def random_weights[M: torch.nn.Module](module: M, device: torch.device) -> M:
 
 
 def layer_pass(model: ModelConfig, compute: ComputeConfig, pack: Pack, device: torch.device) -> Pass:
-    """Returns a forward and backward pass of one layer in the middle of a model, with all its weights trained.
-
-    A pack without images is given a layer without a projector.
-    """
-    has_images, middle = pack.num_images > 0, model.num_layers // 2
-    config = build_transformer_config(model, compute, ParallelConfig(), shared_projector=not has_images)
+    """Returns a forward and backward pass of one layer in the middle of a model, with all its weights trained."""
+    middle = model.num_layers // 2
+    is_projected = model.layers[middle].is_projected
+    config = build_transformer_config(model, compute, ParallelConfig(), shared_projector=not is_projected)
     layers = LayerBuilder(config, ProcessGroupCollection.use_mpu_process_groups().tp)
-    layer = random_weights(SaisaLayer(layers, model, has_images, compute.attention), device)
+    layer = random_weights(build_layer(layers, model, middle, is_projected, compute.attention), device)
     text_TD = torch.randn(
         len(pack.positions_T), model.hidden_size, device=device, dtype=compute_dtype(compute), requires_grad=True
     )
-    width = model.vision.hidden_size if has_images else model.hidden_size
-    visual = torch.randn(len(pack.visual_positions_I), width, device=device, dtype=compute_dtype(compute))
-    placed, gradient = pack.to(device), torch.randn_like(text_TD)
+    width = model.vision.hidden_size if is_projected else model.hidden_size
+    visual = torch.randn(
+        len(pack.visual_positions_I), width, device=device, dtype=compute_dtype(compute), requires_grad=not is_projected
+    )
+    num_out = len(pack.positions_T) + (len(visual) if model.layers[middle].update != "none" else 0)
+    placed = pack.to(device)
+    gradient = torch.randn(num_out, model.hidden_size, device=device, dtype=compute_dtype(compute))
     rotary = rotary_table(
         placed.key_positions_S, model.head_dim, model.rope_theta, compute_dtype(compute), config.apply_rope_fusion
     )
@@ -123,30 +120,31 @@ def layer_pass(model: ModelConfig, compute: ComputeConfig, pack: Pack, device: t
         layer.zero_grad(set_to_none=True)
         layer.set_is_first_microbatch()  # FP8 weights are made anew
         with layers.fp8_of_all(), layers.fp8_of_layer(middle):
-            out_TD = layer(text_TD, visual, placed, rotary)
-        out_TD.backward(gradient)
-        text_TD.grad = None
+            out = layer(text_TD, visual, placed, rotary)
+        out.backward(gradient)
+        text_TD.grad = visual.grad = None
 
     return once
 
 
-def layer_training_flops(model: ModelConfig, pack: Pack) -> int:
+def pass_flops(model: ModelConfig, pack: Pack) -> int:
     """Returns the FLOPs of `layer_pass`, full rectangles of attention as in `model.flops`."""
-    num_samples, visual = len(pack.text_lengths), pack.visual_lengths[0]
-    p = matrix_products(model, pack.text_lengths[0], visual, 0)
-    projector = 2 * p.projector_in + 3 * p.projector_out
-    return num_samples * (3 * (p.linear_q + p.linear_other + p.attention) + projector)
+    kind = model.layers[model.num_layers // 2]
+    p = matrix_products(model, pack.text_lengths[0], pack.visual_lengths[0], 0, kind.update)
+    projector = projector_training_flops(p) if kind.is_projected else 0
+    return len(pack.text_lengths) * (layer_training_flops(p, "finetune") + projector)
 
 
 def compare_with_llava(
     model: ModelConfig, compute: ComputeConfig, sizes: tuple[int, int, int], device: torch.device, rounds: int
 ) -> list[Figure]:
     """Returns what a layer costs as SAISA and as LLaVA, for `sizes` samples, text tokens and images of each."""
-    packs = {name: even_pack(*sizes, model.vision.num_tokens, name == "llava") for name in ("saisa", "llava")}
+    pack = even_pack(*sizes, model.vision.num_tokens)
+    models = {name: model.model_copy(update={"architecture": name}) for name in ("saisa", "llava")}
     seconds = time_together(
-        {name: layer_pass(model, compute, pack, device) for name, pack in packs.items()}, device, rounds
+        {name: layer_pass(model, compute, pack, device) for name, model in models.items()}, device, rounds
     )
-    flops = {name: layer_training_flops(model, pack) for name, pack in packs.items()}
+    flops = {name: pass_flops(model, pack) for name, model in models.items()}
     shape = f"{sizes[0]} samples of {sizes[1]} text tokens and {sizes[2]} images"
     figures = [
         Figure(f"layer, llava / saisa: time, {shape}", median_ratio(seconds["llava"], seconds["saisa"])),

@@ -7,8 +7,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from model.hf.family_saisa import Architecture, LayerKind, layer_kinds
+
 Phase = Literal["pretrain", "finetune"]
 """Of training: stage 1 or stage 2 of the paper (a stage without more words is one of the pipeline)."""
+FAMILY = ("architecture", "block_size", "frozen_layers")
+"""Settings of a model that say what becomes of visual tokens."""
 FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
 WEIGHT_RECIPES = ("tensorwise", "blockwise")  # whose weights can be kept in 8 bits alone
 BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
@@ -51,9 +55,11 @@ class VisionConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Llama-shaped language model with SAISA's per-layer projectors."""
+    """A Llama-shaped language model, and what its layers do with visual tokens."""
 
-    architecture: Literal["saisa"] = "saisa"
+    architecture: Architecture = Field(default="saisa", description="what layers do with visual tokens")
+    block_size: int = Field(default=1, gt=0, description="saisa: layers that share one projector and visual input")
+    frozen_layers: tuple[int, ...] = Field(default=(), description="shortv: layers that leave visual tokens unchanged")
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
@@ -69,8 +75,42 @@ class ModelConfig(Section):
     projector: Literal["mlp", "linear"] = Field(default="mlp", description="table 7 of the paper compares the two")
     vision: VisionConfig
 
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """What each layer does with visual tokens."""
+        return layer_kinds(self.architecture, self.num_layers, self.frozen_layers, self.block_size)
+
+    @property
+    def num_own_projectors(self) -> int:
+        """Layers that have a projector in stage 2; where there is none, one in front of the first serves all."""
+        return sum(kind.is_projected for kind in self.layers)
+
+    def shares_projector(self, phase: Phase) -> bool:
+        """Whether one projector outside the layers serves all of them: in stage 1, and where they have none."""
+        return phase == "pretrain" or not self.num_own_projectors
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.block_size != 1 and self.architecture != "saisa":
+            raise ValueError(
+                f"model.block_size={self.block_size} is for model.architecture=saisa, whose layers have projectors; "
+                f"{self.architecture} has one, in front: remove it"
+            )
+        if self.block_size > self.num_layers:
+            raise ValueError(f"model.block_size={self.block_size} must be at most model.num_layers={self.num_layers}")
+        if self.frozen_layers and self.architecture != "shortv":
+            raise ValueError(
+                f"model.frozen_layers={list(self.frozen_layers)} is for model.architecture=shortv; use that, or remove "
+                f"it: {self.architecture} says itself which layers update visual tokens"
+            )
+        if self.architecture == "shortv" and not self.frozen_layers:
+            raise ValueError("model.architecture=shortv needs model.frozen_layers; without any it is llava")
+        last = self.num_layers - 1
+        if list(self.frozen_layers) != sorted({layer for layer in self.frozen_layers if 0 <= layer <= last}):
+            raise ValueError(
+                f"model.frozen_layers={list(self.frozen_layers)} must be numbers from 0 to {last}, each once and in "
+                "order"
+            )
         if self.num_attention_heads % self.num_query_groups:
             divisors = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
             raise ValueError(
@@ -150,6 +190,9 @@ def model_config_from_hf(config: Any) -> ModelConfig:
         "qkv_bias": config.attention_bias,
         "tie_embeddings": config.tie_word_embeddings,
         "projector": config.projector_type,
+        "architecture": config.architecture,
+        "block_size": config.block_size,
+        "frozen_layers": tuple(config.frozen_layers),
         "vision": {
             "type": "siglip" if "siglip" in vision["model_type"] else "clip",
             "hidden_size": vision["hidden_size"],
@@ -162,12 +205,18 @@ def model_config_from_hf(config: Any) -> ModelConfig:
     return ModelConfig.model_validate(fields, strict=True)  # what comes from a folder is a number or is refused
 
 
-def differences(stated: ModelConfig, found: ModelConfig) -> list[str]:
-    """Returns one line for each setting in which the run's model and a folder's model differ."""
+def differences(stated: ModelConfig, found: ModelConfig, has_projectors: bool) -> list[str]:
+    """Returns one line for each setting in which the run's model and a folder's model differ.
+
+    What becomes of visual tokens is for the run to say where the folder has no projectors, and where it has one in
+    front, among the architectures that have that.
+    """
+    is_free = not has_projectors or not (stated.num_own_projectors or found.num_own_projectors)
+    free = {"vision", *(FAMILY if is_free else ()), *(() if has_projectors else ("projector",))}
     pairs = [("model", stated, found), ("model.vision", stated.vision, found.vision)]
     return [
         f"{path}.{name}={getattr(ours, name)!r} but the folder has {getattr(theirs, name)!r}"
         for path, ours, theirs in pairs
         for name in type(ours).model_fields
-        if name != "vision" and getattr(ours, name) != getattr(theirs, name)
+        if name not in free and getattr(ours, name) != getattr(theirs, name)
     ]

@@ -10,11 +10,13 @@ Symbols: t text tokens, v visual tokens, s = t + v keys, r targets of a sample; 
 heads, H head dim, F FFN, C vision width, V vocabulary filled up to `VOCABULARY_MULTIPLE`.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from model.config import ModelConfig, Phase, VisionConfig
+from model.hf.family_saisa import Update
 from model.parallel import padded_vocab_size
 
 
@@ -44,6 +46,11 @@ class ParameterCounts:
         return self.projectors + self.layers + self.embedding + self.head + self.final_norm
 
 
+def num_projectors(model: ModelConfig, phase: Phase) -> int:
+    """Returns how many projectors run on each image."""
+    return 1 if model.shares_projector(phase) else model.num_own_projectors
+
+
 def parameter_counts(model: ModelConfig, phase: Phase) -> ParameterCounts:
     """Returns the parameters of a model and how many of them a phase trains.
 
@@ -55,7 +62,7 @@ def parameter_counts(model: ModelConfig, phase: Phase) -> ParameterCounts:
     bias = queries + keys_values if model.qkv_bias else 0
     layer = 2 * d + d * (2 * queries + keys_values) + bias + 3 * d * model.ffn_hidden_size
     vocabulary = padded_vocab_size(model) * d
-    projectors = projector * (1 if phase == "pretrain" else model.num_layers)
+    projectors = projector * num_projectors(model, phase)
     counts = dict(
         projectors=projectors,
         layers=model.num_layers * layer,
@@ -88,24 +95,32 @@ class MatrixProducts[Count: (int, np.ndarray)]:
 
 
 def matrix_products[Count: (int, np.ndarray)](
-    model: ModelConfig, num_text: Count, num_visual: Count, num_targets: Count
+    model: ModelConfig, num_text: Count, num_visual: Count, num_targets: Count, update: Update = "none"
 ) -> MatrixProducts[Count]:
-    """Returns the FLOPs of every matrix product of a forward pass.
+    """Returns the FLOPs of every matrix product of a forward pass, of a layer that updates visual tokens so.
 
-    Source: arXiv 2502.02458, appendix A.2. Visual tokens pay for the projector and for keys and values; queries,
-    attention output and the FFN are text only. The head, as in `model.saisa`, sees rows with a target only.
+    Source: arXiv 2502.02458, appendix A.2. Visual tokens pay for the projector and for keys and values; the rest is for
+    the rows that pass it (`model.hf.family_saisa`). The head, as in `model.saisa`, sees rows with a target only.
     """
     d, c = model.hidden_size, model.vision.hidden_size
     queries, keys_values = model.num_attention_heads * model.head_dim, 2 * model.num_query_groups * model.head_dim
     num_keys = num_text + num_visual
+    num_asking = num_keys if update == "full" else num_text
+    num_in_ffn = num_text if update == "none" else num_keys
+    ffn = 3 * d * model.ffn_hidden_size
     return MatrixProducts(
         projector_in=2 * num_visual * c * d,
         projector_out=2 * num_visual * (d * d if model.projector == "mlp" else 0),
-        linear_q=2 * num_text * d * queries,
-        linear_other=2 * (num_keys * d * keys_values + num_text * (queries * d + 3 * d * model.ffn_hidden_size)),
-        attention=2 * 2 * num_text * num_keys * queries,
+        linear_q=2 * num_asking * d * queries,
+        linear_other=2 * (num_keys * d * keys_values + num_asking * queries * d + num_in_ffn * ffn),
+        attention=2 * 2 * num_asking * num_keys * queries,
         head=2 * num_targets * d * padded_vocab_size(model),
     )
+
+
+def _updates(model: ModelConfig) -> Counter[Update]:
+    """Returns how many layers there are of each kind."""
+    return Counter(kind.update for kind in model.layers)
 
 
 def forward_flops[Count: (int, np.ndarray)](
@@ -117,14 +132,16 @@ def forward_flops[Count: (int, np.ndarray)](
 ) -> Count:
     """Returns the FLOPs of one sample's forward pass, or of each sample's for arrays.
 
-    In stage 1 (`pretrain`) one projector runs once; otherwise each layer has its own. Without `num_targets` every text
-    row passes the head, as when logits are asked for.
+    Where layers have projectors, in stage 1 (`pretrain`) one runs once instead. Without `num_targets` every text row
+    passes the head, as when logits are asked for.
     """
-    products = matrix_products(model, num_text, num_visual, num_text if num_targets is None else num_targets)
-    num_projectors = 1 if phase == "pretrain" else model.num_layers
-    projector = products.projector_in + products.projector_out
-    layer = products.linear_q + products.linear_other + products.attention
-    return num_projectors * projector + model.num_layers * layer + products.head
+    sizes = (num_text, num_visual, num_text if num_targets is None else num_targets)
+    p = matrix_products(model, *sizes)
+    total = num_projectors(model, phase) * (p.projector_in + p.projector_out) + p.head
+    for update, count in _updates(model).items():
+        p = matrix_products(model, *sizes, update)
+        total = total + count * (p.linear_q + p.linear_other + p.attention)
+    return total
 
 
 def training_flops[Count: (int, np.ndarray)](
@@ -135,26 +152,51 @@ def training_flops[Count: (int, np.ndarray)](
     A linear layer costs its forward again for the gradient of its input, and again for that of its weight; attention
     costs its forward twice more, for the gradients of both products' two inputs. What is frozen has no weight gradient,
     and the vision features no gradient at all. In stage 1 gradients still pass the whole language model on their way to
-    the shared projector, but for the queries of the first layer: nothing before them is trained.
+    the projector, but for the queries of text in the first layer: nothing before them is trained.
     Source: PaLM (arXiv 2204.02311, appendix B) for what model FLOPs are, and 2 x forward for a backward pass.
     """
-    p = matrix_products(model, num_text, num_visual, num_targets)
-    n, is_trained = model.num_layers, phase == "finetune"
-    num_projectors, passes = (n, 3) if is_trained else (1, 2)
-    num_query_gradients = n if is_trained else n - 1
-    projectors = num_projectors * (2 * p.projector_in + 3 * p.projector_out)
-    queries = (n + num_query_gradients + (n if is_trained else 0)) * p.linear_q
-    # Two products forward and four backward, one of which makes the gradient of the queries.
-    attention = (5 * n + num_query_gradients) * (p.attention // 2)
-    return projectors + queries + attention + passes * (n * p.linear_other + p.head)
+    sizes = (num_text, num_visual, num_targets)
+    p = matrix_products(model, *sizes)
+    total = num_projectors(model, phase) * projector_training_flops(p) + passes(phase) * p.head
+    for update, count in _updates(model).items():
+        total = total + count * layer_training_flops(matrix_products(model, *sizes, update), phase)
+    if phase == "pretrain" and (first := model.layers[0].update) != "full":
+        p = matrix_products(model, *sizes, first)
+        # One of the six products of attention, each half of a forward pass's, makes the gradient of the queries.
+        total = total - p.linear_q - p.attention // 2
+    return total
 
 
-def stage_costs(model: ModelConfig, phase: Phase, num_text: int, num_visual: int, num_targets: int) -> tuple[int, int]:
-    """Returns the FLOPs of one layer and of the head for a typical sample: what pipeline stages are evened out by."""
-    sizes = (phase, num_text, num_visual)
-    one, two = (training_flops(model.model_copy(update={"num_layers": n}), *sizes, num_targets) for n in (1, 2))
-    headless = training_flops(model.model_copy(update={"num_layers": 1}), *sizes, 0)
-    return two - one, one - headless
+def passes(phase: Phase) -> int:
+    """Returns how often a training step does a product: forward, for its input's gradient, and for its weight's."""
+    return 3 if phase == "finetune" else 2
+
+
+def projector_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[Count]) -> Count:
+    """Returns the FLOPs of one projector, forward and backward; it is trained in both stages."""
+    return 2 * products.projector_in + 3 * products.projector_out
+
+
+def layer_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[Count], phase: Phase) -> Count:
+    """Returns the FLOPs of one layer without projector, forward and backward."""
+    return passes(phase) * (products.linear_q + products.linear_other) + 3 * products.attention
+
+
+def stage_costs(
+    model: ModelConfig, phase: Phase, num_text: int, num_visual: int, num_targets: int
+) -> tuple[list[int], int]:
+    """Returns the FLOPs of each layer and of the head for a typical sample: what pipeline stages are evened out by.
+
+    A projector that all stages have is in none of them.
+    """
+    sizes = (num_text, num_visual, num_targets)
+    own, shared = model.num_own_projectors > 0, model.shares_projector(phase)
+    costs = []
+    for number, kind in enumerate(model.layers):
+        p = matrix_products(model, *sizes, kind.update)
+        has_projector = (kind.is_projected and not shared) or (number == 0 and not own)
+        costs.append(layer_training_flops(p, phase) + (projector_training_flops(p) if has_projector else 0))
+    return costs, passes(phase) * matrix_products(model, *sizes).head
 
 
 def encoder_forward_flops(vision: VisionConfig, ffn_hidden_size: int) -> int:

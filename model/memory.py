@@ -1,4 +1,4 @@
-"""What a training step holds on a GPU, from the sizes alone: weights, gradients, optimizer, activations.
+"""What a training step of SAISA holds on a GPU, from the sizes alone: weights, gradients, optimizer, activations.
 
 The formulas follow a step with Transformer Engine's kernels and a flash kernel; a step on a fake GPU, traced
 allocation by allocation, agrees to 5% (`tests/benchmarks/test_fake_gpu.py`). What torch's allocator reserves beyond

@@ -14,7 +14,9 @@ Dims: T text tokens, R those with a target, I visual tokens, S = I + T keys.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -123,6 +125,30 @@ class Pack:
         )
 
     @cached_property
+    def in_order(self) -> "InOrder":
+        """All rows of the pack in order of sample and position, on this pack's device."""
+        if self.on_cpu is not self:
+            return self.on_cpu.in_order.to(self.positions_T.device)
+        steps = np.arange(self.num_tokens_per_image)
+        visual = (self.image_positions.numpy()[:, None] + steps).ravel()
+        padding = np.full(self.num_visual_padding, BEHIND_ALL_TEXT)
+        positions_S = np.concatenate([visual, padding, self.positions_T.numpy()])
+        samples = np.arange(len(self.text_lengths))
+        sample_S = np.concatenate([samples.repeat(self.visual_lengths), samples.repeat(self.text_lengths)])
+        rows_S = np.lexsort((positions_S, sample_S))
+        nothing = torch.from_numpy(np.zeros(0, dtype=np.int64))
+        pack = Pack(
+            token_ids_T=nothing,
+            positions_T=torch.from_numpy(positions_S[rows_S]),
+            targets_T=nothing,
+            image_positions=nothing,
+            text_lengths=[t + v for t, v in zip(self.text_lengths, self.visual_lengths, strict=True)],
+            image_counts=[0] * len(samples),
+            num_tokens_per_image=self.num_tokens_per_image,
+        )
+        return InOrder(torch.from_numpy(rows_S), torch.from_numpy(rows_S.argsort()), pack)
+
+    @cached_property
     def segments(self) -> Segments:
         """The variable-length sequences of a flash kernel, on this pack's device."""
         if self.on_cpu is self:
@@ -150,3 +176,30 @@ class Pack:
         vars(there).update({name: moved[name] for name in worked_out}, on_cpu=pack)
         vars(there)["segments"] = replace(pack.segments, **{name: moved[name] for name in segments})
         return there
+
+
+class InOrder(NamedTuple):
+    """All rows of a pack, visual and text, in order of sample and position: for layers in which both ask.
+
+    Fields:
+        rows_S: int64[S] of each place in that order, the row among all visual rows and then all text rows.
+        slots_S: int64[S] the other way round: of each such row, its place in the order.
+        pack: The same samples as if every token were text, for `model.attention` alone: it has no tokens, no targets.
+    """
+
+    rows_S: Tensor
+    slots_S: Tensor
+    pack: Pack
+
+    def to(self, device: torch.device) -> "InOrder":
+        """Returns a copy of one that is in host memory, on `device`, where no kernel is waited for."""
+        pack, names = self.pack, Segments.TENSORS
+        moved = copy_together(
+            {"rows": self.rows_S, "slots": self.slots_S, "positions": pack.positions_T}
+            | {name: getattr(pack.segments, name) for name in names},
+            device,
+        )
+        there = replace(pack, positions_T=moved["positions"], image_positions=moved["positions"][:0])
+        segments = replace(pack.segments, **{name: moved[name] for name in names})
+        vars(there).update(on_cpu=pack, segments=segments)
+        return InOrder(moved["rows"], moved["slots"], there)

@@ -129,25 +129,22 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def split_layers(layer_cost: float, last_cost: float, num_layers: int, num_stages: int) -> list[int]:
+def split_layers(layer_costs: Sequence[float], last_cost: float, num_stages: int) -> list[int]:
     """Returns the layers of each stage so that the costliest stage costs least.
 
-    The costs are those of a layer and of what only the last stage does. Among equals the split whose stages are most
+    The costs are those of each layer and of what only the last stage does. Among equals the split whose stages are most
     even wins, and then the one with fewer layers early.
     """
-
-    def cost(stage: int, count: int) -> float:
-        return count * layer_cost + (last_cost if stage == num_stages - 1 else 0)
-
+    num_layers = len(layer_costs)
+    upto = [0.0, *accumulate(layer_costs)]
     # best[k]: (cost of the worst stage, sum of squares, counts) of the first stages with k layers in all
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(num_stages):
         after: dict[int, tuple[float, float, list[int]]] = {}
         for used, (worst, squares, counts) in best.items():
-            for count in range(1, num_layers - used - (num_stages - stage - 1) + 1):
-                own = cost(stage, count)
-                split = (max(worst, own), squares + own * own, [*counts, count])
-                total = used + count
+            for total in range(used + 1, num_layers - (num_stages - stage - 1) + 1):
+                own = upto[total] - upto[used] + (last_cost if stage == num_stages - 1 else 0)
+                split = (max(worst, own), squares + own * own, [*counts, total - used])
                 if total not in after or split < after[total]:
                     after[total] = split
         best = after

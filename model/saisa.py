@@ -33,102 +33,22 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.nn import ModuleDict
-from torch.nn.functional import gelu
 
-from model.attention import Rotary, attention, rotary_table, rotate
+from model.attention import Rotary, rotary_table
 from model.backend import LayerBuilder
 from model.config import ModelConfig
+from model.layers import Projector, SaisaLayer
 from model.pack import Pack
 from model.parallel import Stage, padded_vocab_size
-
-
-class Projector(MegatronModule):
-    """Turns vision features into the visual tokens of a layer: Linear, GELU, Linear (or one Linear, table 7)."""
-
-    def __init__(self, builder: LayerBuilder, model: ModelConfig) -> None:
-        super().__init__(builder.config)
-        self.tp_group, self.kind = builder.tp_group, model.projector
-        width, hidden = model.vision.hidden_size, model.hidden_size
-        if self.kind == "mlp":  # every rank has all features, so the first layer need not gather rows
-            self.fc1 = builder.column_parallel(width, hidden, bias=True, whole_rows=True)
-            self.fc2 = builder.row_parallel(hidden, hidden, bias=True)
-        else:
-            self.linear = builder.row_parallel(width, hidden, bias=True)
-
-    def forward(self, features_IC: Tensor) -> Tensor:
-        """Returns [I, D]; under sequence parallelism this rank's rows."""
-        if self.kind == "linear":
-            mine = features_IC.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()]
-            return self.linear(mine.contiguous())[0]
-        return self.fc2(gelu(self.fc1(features_IC)[0]))[0]
-
-
-class NaavitAttention(MegatronModule):
-    """Self-attention whose queries are text and whose keys and values are images and text."""
-
-    def __init__(self, builder: LayerBuilder, model: ModelConfig, backend: str) -> None:
-        super().__init__(builder.config)
-        self.head_dim, self.backend = model.head_dim, backend
-        self.num_row_parts = builder.tp_group.size() if builder.config.sequence_parallel else 1
-        query_size = model.num_attention_heads * model.head_dim
-        kv_size = 2 * model.num_query_groups * model.head_dim
-        self.linear_q = builder.column_parallel(model.hidden_size, query_size, bias=model.qkv_bias)
-        self.linear_kv = builder.column_parallel(model.hidden_size, kv_size, bias=model.qkv_bias)
-        self.linear_proj = builder.row_parallel(query_size, model.hidden_size)
-
-    def forward(self, text_TD: Tensor, visual_ID: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
-        """Returns [T, D]: what each text token gathers from the images and text at or before it."""
-        q_TNH = self.linear_q(text_TD)[0].unflatten(-1, (-1, self.head_dim))
-        # Each key/value group's features stand together, key then value, so that tensor parallelism divides by group.
-        kv_SG2H = self.linear_kv(torch.cat([visual_ID, text_TD]))[0].unflatten(-1, (-1, 2 * self.head_dim))
-        k_SGH, v_SGH = self._visual_first(kv_SG2H, len(visual_ID)).chunk(2, dim=-1)
-        num_visual = len(k_SGH) - len(q_TNH)
-        q_TNH = rotate(q_TNH, tuple(table[num_visual:] for table in rotary_S1H))
-        k_SGH = rotate(k_SGH, rotary_S1H)
-        out_TNH = attention(q_TNH, k_SGH, v_SGH, pack, self.backend)
-        return self.linear_proj(out_TNH.flatten(1))[0]
-
-    def _visual_first(self, rows: Tensor, num_visual: int) -> Tensor:
-        """Returns all visual rows, then all text rows; sequence parallelism gathers each rank's visual and text."""
-        if self.num_row_parts == 1:
-            return rows
-        by_rank = rows.unflatten(0, (self.num_row_parts, -1))
-        return torch.cat([by_rank[:, :num_visual].flatten(0, 1), by_rank[:, num_visual:].flatten(0, 1)])
-
-
-class SaisaLayer(MegatronModule):
-    """One decoder layer: text attends to its own images and text, then passes the FFN. Visual tokens do neither."""
-
-    def __init__(self, builder: LayerBuilder, model: ModelConfig, own_projector: bool, backend: str) -> None:
-        super().__init__(builder.config)
-        self.builder = builder
-        self.projector = Projector(builder, model) if own_projector else None
-        self.input_norm = builder.rms_norm()
-        self.attention = NaavitAttention(builder, model, backend)
-        self.post_attention_norm = builder.rms_norm()
-        self.mlp = builder.mlp(model.hidden_size)
-
-    def forward(self, text_TD: Tensor, visual: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
-        """Returns the next text states [T, D].
-
-        `visual` is the features [I, C], or what the shared projector made of them, [I, D].
-        """
-
-        def attend(text_TD: Tensor, visual: Tensor) -> Tensor:
-            visual_ID = visual if self.projector is None else self.projector(visual)
-            return self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
-
-        if self.training and self.config.recompute_granularity == "selective":
-            text_TD = text_TD + self.builder.recomputed(attend, text_TD, visual)
-        else:
-            text_TD = text_TD + attend(text_TD, visual)
-        return text_TD + self.mlp(self.post_attention_norm(text_TD))[0]
+from model.updates import build_layer
 
 
 class SaisaModel(MegatronModule):
     """One stage of SAISA: token ids or text states and frozen vision features in, losses or text states out.
 
-    With `shared_projector` (stage 1 of training) one projector serves all layers, and runs once a pack on every stage.
+    With `shared_projector` (see `ModelConfig.shares_projector`) one projector serves all layers, and runs once a pack
+    on every stage that takes features. Between two stages whose second takes its visual tokens from the first, these
+    pass too, before the text.
     """
 
     def __init__(
@@ -150,13 +70,15 @@ class SaisaModel(MegatronModule):
         )
         self.share_embeddings_and_output_weights = False  # over stages: tied embeddings are refused there
         self.input_tensor: Tensor | None = None
+        self.num_row_parts = groups.tp.size() if config.sequence_parallel else 1
+        self.takes_features = stage.is_first or any(model.layers[number].is_projected for number in stage.layers)
         self.builder = builder = LayerBuilder(config, groups.tp)
         self.embedding = builder.embedding(padded_vocab_size(model)) if stage.is_first else None
         self.shared_projector = Projector(builder, model) if shared_projector else None
         self.layers = ModuleDict()  # by number in the whole model, so that names are the same at any split
         for number in stage.layers:
             with builder.fp8_at_creation(number):
-                self.layers[str(number)] = SaisaLayer(builder, model, not shared_projector, attention_backend)
+                self.layers[str(number)] = build_layer(builder, model, number, not shared_projector, attention_backend)
         self.final_norm = builder.rms_norm() if stage.is_last else None
         self.output = (
             builder.vocabulary_head(padded_vocab_size(model), tied=model.tie_embeddings) if stage.is_last else None
@@ -168,12 +90,13 @@ class SaisaModel(MegatronModule):
     def forward(self, pack: Pack, features_IC: Tensor) -> Tensor:
         """Returns fp32[num_targets], the cross-entropy of every target of the pack in row order.
 
-        A stage that is not the last returns text states [T, 1, D]; `features_IC` are those of the pack's images.
+        A stage that is not the last returns states [rows, 1, D]; `features_IC` are those of the pack's images.
         """
-        text_TD = self.hidden_states(pack, features_IC)
+        text_TD, visual_ID = self.run_layers(pack, features_IC)
         if not self.stage.is_last:
+            rows = text_TD if visual_ID is None else torch.cat([visual_ID, text_TD])
             # Megatron-core's pipeline passes [rows, batch, D] on, then frees its memory, which it refuses for a view.
-            return make_viewless_tensor(text_TD[:, None], requires_grad=True, keep_graph=True)
+            return make_viewless_tensor(rows[:, None], requires_grad=True, keep_graph=True)
         if self.config.sequence_parallel:  # every rank computes the same loss, so it takes back its rows' gradient only
             text_TD = gather_from_sequence_parallel_region(
                 text_TD, tensor_parallel_output_grad=False, group=self.tp_group
@@ -184,7 +107,11 @@ class SaisaModel(MegatronModule):
 
     def hidden_states(self, pack: Pack, features_IC: Tensor) -> Tensor:
         """Returns the text states [T, D] that leave this stage (with the last, after the final norm)."""
-        text_TD = self.input_states(pack)
+        return self.run_layers(pack, features_IC)[0]
+
+    def run_layers(self, pack: Pack, features_IC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the text states [T, D] that leave this stage, and the visual ones [I, D] that the next one takes."""
+        text_TD, visual = self.input_states(pack)
         rotary_S1H = rotary_table(
             pack.key_positions_S,
             self.model.head_dim,
@@ -193,22 +120,40 @@ class SaisaModel(MegatronModule):
             self.config.apply_rope_fusion,
         )
         with self.builder.fp8_of_all():
-            visual = features_IC if self.shared_projector is None else self._project_once(features_IC)
+            features = features_IC if self.shared_projector is None else self._project_once(features_IC)
+            if visual is None:
+                visual = features
+            elif self.shared_projector is not None:
+                visual = torch.cat([visual, features])
             for number, layer in self.numbered_layers():
+                kind = self.model.layers[number]
+                visual = features if kind.is_projected else visual
                 with self.builder.fp8_of_layer(number):
-                    if self.training and self.config.recompute_granularity == "full":
-                        text_TD = self.builder.recomputed(layer, text_TD, visual, pack, rotary_S1H)
-                    else:
-                        text_TD = layer(text_TD, visual, pack, rotary_S1H)
-        return text_TD if self.final_norm is None else self.final_norm(text_TD)
+                    rows = self._run(layer, text_TD, visual, pack, rotary_S1H)
+                if kind.update == "none":
+                    text_TD = rows
+                else:
+                    visual, text_TD = rows.tensor_split([len(rows) - len(text_TD)])
+        if self.final_norm is not None:
+            return self.final_norm(text_TD), None
+        return text_TD, visual if self._carries(self.stage.layers.stop) else None
 
-    def input_states(self, pack: Pack) -> Tensor:
-        """Returns the text states [T, D] that enter this stage's layers."""
+    def _run(self, layer: SaisaLayer, text_TD: Tensor, visual: Tensor, pack: Pack, rotary_S1H: Rotary) -> Tensor:
+        if self.training and self.config.recompute_granularity == "full":
+            return self.builder.recomputed(layer, text_TD, visual, pack, rotary_S1H)
+        return layer(text_TD, visual, pack, rotary_S1H)
+
+    def input_states(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
+        """Returns the text states [T, D] that enter this stage's layers, and visual ones [I, D] if they take them."""
         if self.embedding is None:
             assert self.input_tensor is not None, "the schedule has handed this stage no states"
-            return self.input_tensor.squeeze(1)
+            rows = self.input_tensor.squeeze(1)
+            if not self._carries(self.stage.layers.start):
+                return rows, None
+            visual_ID, text_TD = rows.tensor_split([len(rows) - len(pack.positions_T) // self.num_row_parts])
+            return text_TD, visual_ID
         states = self.embedding(pack.token_ids_T[None])
-        return states.squeeze(1 if self.config.sequence_parallel else 0)
+        return states.squeeze(1 if self.config.sequence_parallel else 0), None
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Returns [T, V] (this rank's part of V under tensor parallelism); rows beyond the vocabulary are -inf."""
@@ -251,7 +196,21 @@ class SaisaModel(MegatronModule):
                 entry.replica_id = (self.stage.number, *entry.replica_id[1:])
         return state
 
+    def rows_before(self, layer: int, pack: Pack) -> int:
+        """Returns how many rows of a pack go from one stage to the next before a layer, on this process."""
+        num_visual = len(pack.visual_positions_I) if self._carries(layer) else 0
+        return (len(pack.positions_T) + num_visual) // self.num_row_parts
+
+    def _carries(self, layer: int) -> bool:
+        """Whether there is a layer that takes its visual tokens from the one below."""
+        return layer < self.model.num_layers and not self.model.layers[layer].is_projected
+
     def _project_once(self, features_IC: Tensor) -> Tensor:
+        """Returns the visual tokens [I, D] of the projector that all stages have; on one that takes no features none.
+
+        These still give it a part in the stage's result, and every parameter a gradient.
+        """
+        features_IC = features_IC if self.takes_features else features_IC[:0]
         assert self.shared_projector is not None
         with self.builder.fp8_of_layer(self.model.num_layers // 2):  # on every stage the same, and no edge layer
             return self.shared_projector(features_IC)

@@ -5,9 +5,11 @@
     layers.{i}.attention.linear_kv.weight       model.layers.{i}.self_attn.k_proj.weight, ...v_proj.weight
     layers.{i}.mlp.linear_fc1.weight            model.layers.{i}.mlp.gate_proj.weight, ...up_proj.weight
     layers.{i}.projector.fc1.weight             model.layers.{i}.mm_projector.0.weight
+    shared_projector.fc1.weight                 model.mm_projector.0.weight (LLaVA's name)
     ...
 
-A stage 1 model has one `shared_projector`; in Hugging Face terms that is the same projector in every layer.
+In stage 1 a model whose layers have projectors has one `shared_projector`; in Hugging Face terms that is the same
+projector in every such layer.
 """
 
 import math
@@ -68,7 +70,7 @@ class Entry:
 
 
 def name_table(model: ModelConfig, num_image_rows: int = 0) -> list[Entry]:
-    """Returns an entry for every parameter of a model with one projector per layer.
+    """Returns an entry for every parameter of a model as stage 2 trains it.
 
     Args:
         model: The model.
@@ -97,7 +99,10 @@ def name_table(model: ModelConfig, num_image_rows: int = 0) -> list[Entry]:
                 Entry(f"{ours}attention.linear_q.{kind}", (f"{theirs}self_attn.q_proj.{kind}",)),
                 Entry(f"{ours}attention.linear_kv.{kind}", keys_values, model.num_query_groups),
             ]
-        entries += projector_entries(model, f"{ours}projector.", f"{theirs}mm_projector.")
+        if model.layers[i].is_projected:
+            entries += projector_entries(model, f"{ours}projector.", f"{theirs}mm_projector.")
+    if not model.num_own_projectors:
+        entries += projector_entries(model, SHARED, "model.mm_projector.")
     return entries
 
 
@@ -107,12 +112,15 @@ def projector_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]
     return [Entry(f"{ours}{a}{kind}", (f"{theirs}{b}{kind}",)) for a, b in names for kind in ("weight", "bias")]
 
 
-def spread_shared_projector(state: dict[str, Tensor], num_layers: int) -> Iterator[Named]:
-    """Yields our projector parameters for every layer from stage 1's shared one: stage 2 starts from n copies."""
+def spread_shared_projector(state: dict[str, Tensor], model: ModelConfig) -> Iterator[Named]:
+    """Yields stage 2's first projector parameters from stage 1's: a copy for every layer that has a projector."""
     for name, tensor in state.items():
-        if name.startswith(SHARED):
-            for i in range(num_layers):
-                yield f"layers.{i}.projector.{name.removeprefix(SHARED)}", tensor
+        if name.startswith(SHARED) and not model.num_own_projectors:
+            yield name, tensor
+        elif name.startswith(SHARED):
+            for i, kind in enumerate(model.layers):
+                if kind.is_projected:
+                    yield f"layers.{i}.projector.{name.removeprefix(SHARED)}", tensor
 
 
 def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Named]:

@@ -170,7 +170,7 @@ class RunConfig(Section):
     @property
     def shared_projector(self) -> bool:
         """Whether one projector serves all layers, as in stage 1."""
-        return self.phase == "pretrain"
+        return self.model.shares_projector(self.phase)
 
     @property
     def row_multiple(self) -> int:

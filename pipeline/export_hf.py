@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from model.config import FAMILY, ModelConfig
+from model.hf.configuration_saisa import SaisaConfig
 from model.hf_folder import write_hf_folder
 from model.hf_read import load_config, load_tokenizer
 from model.weights import Named, name_table, read_safetensors, spread_shared_projector, to_hf
@@ -29,17 +31,26 @@ def export(checkpoint: Path, out: Path) -> None:
     trained = load_trained_parameters(checkpoint)
     shutdown_distributed()
     if config.phase == "pretrain":
-        trained = dict(spread_shared_projector(trained, config.model.num_layers))
+        trained = dict(spread_shared_projector(trained, config.model))
     tokenizer = load_tokenizer(base)
     write_hf_folder(
         out,
-        load_config(base),
+        described(base, config.model),
         merged(base, dict(to_hf(trained.items(), name_table(config.model)))),
         tokenizer,
         load_image_processor(base, config.data.image_aspect_ratio),
         chat_template(template),
         stop_token=None if template == "plain" else end_of_answer(template, tokenizer),
     )
+
+
+def described(base: Path, model: ModelConfig) -> SaisaConfig:
+    """Returns the base's configuration with what the run says becomes of visual tokens."""
+    config = load_config(base)
+    for name in FAMILY:
+        setattr(config, name, getattr(model, name))
+    config.projector_type = model.projector
+    return config
 
 
 def merged(base: Path, trained: dict[str, Tensor]) -> Iterator[Named]:

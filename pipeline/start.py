@@ -74,4 +74,9 @@ def _projectors(config: RunConfig) -> Iterator[Named]:
         raise ValueError(
             f"init.projector={source}: holds a finetune, not a stage 1 run; export it and use it as init.base"
         )
-    return spread_shared_projector(load_trained_parameters(checkpoint), config.model.num_layers)
+    was, now = info["run"].get("model", {}), config.model.model_dump(mode="json")
+    names = [name for name in ("architecture", "block_size", "projector") if was.get(name) != now[name]]
+    if names:
+        told = "; ".join(f"model.{name} was {was.get(name)!r}, is {now[name]!r}" for name in names)
+        raise ValueError(f"init.projector={source}: is of another model: {told}; run stage 1 with these settings")
+    return spread_shared_projector(load_trained_parameters(checkpoint), config.model)

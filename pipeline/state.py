@@ -64,7 +64,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     check_machine()
     check_kernels(config, device)
     found = base_model_config(config.init.base)
-    if differing := differences(config.model, found):
+    if differing := differences(config.model, found, has_projectors=config.init.projector == "base"):
         raise ValueError(
             f"{config.init.base}: not the model of this run: {'; '.join(differing)}; fix `model:` or init.base"
         )
@@ -145,8 +145,8 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
     if parallel.layers_per_stage is not None:
         return parallel.layers_per_stage
     text, images, targets = (round(table.column(n).mean()) for n in ("num_text", "num_images", "num_targets"))
-    layer, head = stage_costs(model, config.phase, text, images * model.vision.num_tokens, targets)
-    return split_layers(layer, head, model.num_layers, parallel.num_stages)
+    layers, head = stage_costs(model, config.phase, text, images * model.vision.num_tokens, targets)
+    return split_layers(layers, head, parallel.num_stages)
 
 
 def build_stages(

@@ -96,7 +96,11 @@ def forward_and_backward(
     replicas.
     """
     packs = [pack for pack, _ in inputs]
-    num_rows = [len(pack.positions_T) // state.config.parallel.num_row_parts for pack in packs]
+    layers = [stage.stage.layers for stage in state.stages]
+    rows_in, rows_out = (
+        [[stage.rows_before(layer, pack) for pack in packs] for stage, layer in zip(state.stages, numbers, strict=True)]
+        for numbers in ([each.start for each in layers], [each.stop for each in layers])
+    )
     model_config = state.wrapped[0].config
     sums = get_forward_backward_func()(
         forward_step_func=partial(forward_step, num_planned=num_planned),
@@ -105,7 +109,7 @@ def forward_and_backward(
         num_microbatches=len(inputs),
         seq_length=state.config.data.max_text_tokens_per_pack,
         micro_batch_size=1,
-        p2p_communicator=StageMessages(state.groups.pp, model_config, num_rows, len(state.wrapped)),
+        p2p_communicator=StageMessages(state.groups.pp, model_config, rows_in, rows_out),
         pg_collection=state.groups,
     )
     return sums, sum(pack.num_targets for pack in packs)

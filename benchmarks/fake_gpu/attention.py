@@ -9,7 +9,7 @@ Dims: T text tokens, S keys, E keys of all segments, N query heads, G key/value 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -61,24 +61,30 @@ class Rectangles:
 
 
 class _Traced:
-    """What is traced, and torch's own function."""
+    """What is traced, by the number of rows that ask, and torch's own function."""
 
     recorder: Recorder
-    rectangles: Rectangles
+    rectangles: ClassVar[dict[int, Rectangles]]
     varlen_attn = staticmethod(model.varlen_attention.varlen_attn)
 
 
 def install(recorder: Recorder, pack: Pack) -> None:
     """Lets the model's attention run on packs of the shape of `pack`, in every backend, and `recorder` see it."""
-    _Traced.recorder, _Traced.rectangles = recorder, Rectangles.of(pack)
+    everything = pack.in_order.pack  # for layers in which visual tokens ask
+    _Traced.recorder = recorder
+    _Traced.rectangles = {len(each.positions_T): Rectangles.of(each) for each in (everything, pack)}
     model.varlen_attention.varlen_attn = _torch_varlen
     model.varlen_attention.flash_attn_varlen_func = _flash_attn
     model.attention.HAVE_FLASH_ATTN = True
     model.block_attention._compiled_flex_attention = lambda: _flex
-    flop_registry[torch.ops.torch_attn._varlen_attn] = lambda q, *_, **__: _flops(q, _Traced.rectangles.num_pairs)
+    flop_registry[torch.ops.torch_attn._varlen_attn] = lambda q, *_, **__: _flops(q, _num_pairs(q))
     flop_registry[torch.ops.torch_attn._varlen_attn_backward] = lambda grad, *_, **__: _flops(
-        grad, _Traced.rectangles.num_pairs, num_products=5
+        grad, _num_pairs(grad), num_products=5
     )
+
+
+def _num_pairs(q_TNH: Tensor) -> int:
+    return _Traced.rectangles[len(q_TNH)].num_pairs
 
 
 def _flops(q: Tensor, pairs: int, num_products: int = 2) -> int:
@@ -96,7 +102,8 @@ def check_varlen(
     assert q_TNH.shape[1] % k_EGH.shape[1] == 0, (q_TNH.shape, k_EGH.shape)
     assert all(x.is_cuda and x.dtype == torch.int32 and x.is_contiguous() for x in (cu_q, cu_k))
     found = Rectangles((len(cu_q), len(cu_k)), (len(q_TNH), len(k_EGH)), (max_q, max_k), 0, 0)
-    assert found == replace(_Traced.rectangles, num_pairs=0, num_block_pairs=0), (found, _Traced.rectangles)
+    expected = replace(_Traced.rectangles[len(q_TNH)], num_pairs=0, num_block_pairs=0)
+    assert found == expected, (found, expected)
 
 
 def _torch_varlen(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +115,7 @@ def _torch_varlen(*args: Any, **kwargs: Any) -> Any:
 def _flash_attn(*args: Any, causal: bool) -> Tensor:
     check_varlen(*args)
     assert causal
-    return _Attention.apply("flash_attn_varlen", _Traced.rectangles.num_pairs, *args[:3])
+    return _Attention.apply("flash_attn_varlen", _num_pairs(args[0]), *args[:3])
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bool) -> Tensor:
@@ -128,7 +135,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bo
         assert table.shape == (1, 1, *shape), (name, table.shape, shape)
     rows = [cell.cell_contents for cell in block_mask.mask_mod.__closure__ or ()]
     assert [row.shape for row in rows] == 4 * [q.shape[2:3]] and all(row.is_cuda for row in rows)
-    return _Attention.apply("flex_attention", _Traced.rectangles.num_block_pairs, q, k, v)
+    return _Attention.apply("flex_attention", _Traced.rectangles[q.shape[2]].num_block_pairs, q, k, v)
 
 
 class _Attention(torch.autograd.Function):

@@ -148,8 +148,8 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
     check_kernels(config, device)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, load.num_targets)
-    layer, head = stage_costs(config.model, config.phase, *sizes)
-    num_layers = parallel.layers_per_stage or split_layers(layer, head, config.model.num_layers, parallel.num_stages)
+    layers, head = stage_costs(config.model, config.phase, *sizes)
+    num_layers = parallel.layers_per_stage or split_layers(layers, head, parallel.num_stages)
     stages = build_stages(config, groups, num_layers, device)
     source = SimpleNamespace(num_steps=100, image_processor=SaisaImageProcessor(do_rescale=True))
     made_up: dict[str, Any] = {"flops_per_image": 0, "source": source, "run": None}

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
+from .family_saisa import ARCHITECTURES, LayerKind, layer_kinds
+
 VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 PROJECTOR_TYPES = ("mlp", "linear")
 OLDEST_TRANSFORMERS = "4.57.0"
@@ -24,6 +26,9 @@ class SaisaConfig(PretrainedConfig):
         vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
         projector_type: "mlp" (Linear, GELU, Linear) or "linear" (table 7 of the paper).
+        architecture: what layers do with visual tokens, see `family_saisa`: "saisa", or one that it is compared with.
+        block_size: layers that share one projector and visual input ("saisa").
+        frozen_layers: layers that leave visual tokens unchanged ("shortv").
         vocab_size: ids that the model knows; in an export `image_token_id` is one of them.
         num_image_rows: how many of them an export added to the language model's, for the image token.
         image_token_id: the id that stands for one visual token in `input_ids`. Its embedding is never used.
@@ -52,6 +57,9 @@ class SaisaConfig(PretrainedConfig):
         vision_config: PretrainedConfig | dict[str, Any] | None = None,
         vision_select_layer: int = -2,
         projector_type: str = "mlp",
+        architecture: str = "saisa",
+        block_size: int = 1,
+        frozen_layers: list[int] | tuple[int, ...] = (),
         image_token_id: int = 32000,
         num_image_rows: int = 0,
         initializer_range: float = 0.02,
@@ -75,11 +83,16 @@ class SaisaConfig(PretrainedConfig):
         self.vision_config = _vision_config(vision_config)
         self.vision_select_layer = vision_select_layer
         self.projector_type = projector_type
+        self.architecture = architecture
+        self.block_size = block_size
+        self.frozen_layers = list(frozen_layers)
         self.num_image_rows = num_image_rows
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         if projector_type not in PROJECTOR_TYPES:
             raise ValueError(f"projector_type={projector_type!r} must be one of {', '.join(PROJECTOR_TYPES)}")
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture={architecture!r} must be one of {', '.join(ARCHITECTURES)}")
         num_layers = self.vision_config.num_hidden_layers
         if not -num_layers - 1 <= vision_select_layer <= num_layers:
             raise ValueError(
@@ -106,6 +119,12 @@ class SaisaConfig(PretrainedConfig):
 
     def validate(self) -> None:
         """Passes: transformers 5 checks again on saving, and `image_token_id` is outside the vocabulary on purpose."""
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer does with visual tokens."""
+        architecture: Any = self.architecture
+        return layer_kinds(architecture, self.num_hidden_layers, tuple(self.frozen_layers), self.block_size)
 
     @property
     def num_image_tokens(self) -> int:

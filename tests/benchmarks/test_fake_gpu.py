@@ -27,6 +27,7 @@ CASES = {
     "stage 1, full": Case(STAGE1, (*SMALL, "compute.recompute=full")),
     "stage 1, tp 2": Case(STAGE1, (*SMALL, *TP2)),
     "llama 3": Case(CONFIGS / "saisa-llama3-8b-stage2.yaml", SMALL, Load(num_samples=4, num_text=512)),
+    "llava": Case(STAGE2, (*SMALL, "model.architecture=llava")),
     "no images": Case(STAGE2, SMALL, Load(num_images=0)),
     "tp 2, rank 0": Case(STAGE2, (*SMALL, *TP2)),
     "tp 2, rank 1": Case(STAGE2, (*SMALL, *TP2), rank=1),
@@ -149,6 +150,17 @@ def test_matrix_products_are_those_of_the_formulas(traces, name):
     assert products(traces[name], of_encoder=False) == expected
 
 
+def test_visual_tokens_of_llava_pass_all_of_a_layer_but_the_last(traces):
+    """One projector, a layer with as many rows as tokens, and one whose visual rows are keys and values only."""
+    load, (d, c, f, v) = CASES["llava"].load, (4096, 1024, 11008, 32000)
+    text, targets, visual = (load.num_samples * n for n in (load.num_text, load.num_targets, 576))
+    keys_values, rest = 2 * d * d, 2 * d * d + 3 * d * f
+    layers = 3 * ((text + visual) * (2 * keys_values + rest) + text * rest)
+    assert products(traces["llava"], of_encoder=False) == 2 * (
+        visual * (2 * c * d + 3 * d * d) + layers + 3 * targets * d * v
+    )
+
+
 def test_the_encoder_costs_what_its_formula_says(traces):
     model, num_images = model_of("stage 2"), CASES["stage 2"].load.num_samples
     whole = encoder_forward_flops(model.vision, 4 * model.vision.hidden_size)
@@ -174,7 +186,7 @@ def test_a_process_writes_its_share_of_a_checkpoint(traces, name):
     assert traces[name].saved_bytes == pytest.approx(whole / CASES[name].world_size, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "no images" and "1,024" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("no images", "llava") and "1,024" not in name])
 def test_activations_are_those_of_the_formula(traces, name):
     """The most that is held above what is held between steps, at every way to divide and to compute again."""
     case, trace = CASES[name], traces[name]

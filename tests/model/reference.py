@@ -1,9 +1,18 @@
-"""SAISA in plain PyTorch, one sample at a time, written from the equations alone: the oracle for every fast path.
+"""SAISA and its family in plain PyTorch, one sample at a time, from the equations alone: what fast paths are held to.
 
-Weights are a dict with Hugging Face names. Nothing here is shared with the code under test.
+An architecture is a rule for each layer, (where visual tokens come from, what they pass on the way up):
+
+    ("features", "nothing")   SAISA
+    ("below", "ffn")          NAAViT
+    ("below", "all")          LLaVA
+    ("below", "nothing")      a frozen layer of ShortV
+
+With no layer that takes features, `model.mm_projector` stands in front of the first. Nothing is left out because
+nobody reads it. Weights are a dict with Hugging Face names. Nothing here is shared with the code under test.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +29,14 @@ def reference_logits(
     features: Tensor,
     visual_positions: Tensor,
     trace: dict[str, list[Tensor]] | None = None,
+    rules: Sequence[tuple[str, str]] | None = None,
 ) -> Tensor:
     """Returns [t, V] for one sample: t text tokens at `positions`, features [i, C] at `visual_positions`.
 
     A `trace` gets under "states" what goes into each layer and the final, normed state [t, D], and under "weights" the
     attention weights [heads, t, i + t] of each layer, their keys in order of position.
     """
+    rules = rules or [("features", "nothing")] * model.num_layers
     trace = {} if trace is None else trace
     trace |= {"states": [], "weights": []}
 
@@ -42,33 +53,44 @@ def reference_logits(
         pairs = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn[:, None, :]
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
+    def project(name: str) -> Tensor:
+        if model.projector == "mlp":
+            return apply(gelu(apply(features, f"{name}.0")), f"{name}.2")
+        return apply(features, name)
+
     key_positions = torch.cat([visual_positions, positions])
+    num_visual = len(visual_positions)
     repeat = model.num_attention_heads // model.num_query_groups
     state = weights["model.embed_tokens.weight"][tokens]
-    for i in range(model.num_layers):
+    visual = project("model.mm_projector") if ("features" not in dict(rules)) else features
+    for i, (source, update) in enumerate(rules):
         layer = f"model.layers.{i}."
         trace["states"].append(state)
-        if model.projector == "mlp":
-            visual = apply(gelu(apply(features, f"{layer}mm_projector.0")), f"{layer}mm_projector.2")
-        else:
-            visual = apply(features, f"{layer}mm_projector")
-        x = norm(state, f"{layer}input_layernorm.weight")
-        u = norm(visual, f"{layer}input_layernorm.weight")
-        both = torch.cat([u, x])
-        queries = rope(apply(x, f"{layer}self_attn.q_proj").view(len(x), -1, model.head_dim), positions)
-        keys = rope(apply(both, f"{layer}self_attn.k_proj").view(len(both), -1, model.head_dim), key_positions)
-        values = apply(both, f"{layer}self_attn.v_proj").view(len(both), -1, model.head_dim)
+        if source == "features":
+            visual = project(f"{layer}mm_projector")
+        both = norm(torch.cat([visual, state]), f"{layer}input_layernorm.weight")
+        first_asking = 0 if update == "all" else num_visual
+        asking_positions = key_positions[first_asking:]
+        queries, keys, values = (
+            apply(rows, f"{layer}self_attn.{name}_proj").unflatten(-1, (-1, model.head_dim))
+            for name, rows in (("q", both[first_asking:]), ("k", both), ("v", both))
+        )
+        queries, keys = rope(queries, asking_positions), rope(keys, key_positions)
         keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
         scores = torch.einsum("tnh,snh->nts", queries, keys) / math.sqrt(model.head_dim)
-        scores = scores.masked_fill(positions[:, None] < key_positions[None, :], -math.inf)
+        scores = scores.masked_fill(asking_positions[:, None] < key_positions[None, :], -math.inf)
         attention = scores.softmax(-1)
-        trace["weights"].append(attention[:, :, key_positions.argsort()])
-        gathered = torch.einsum("nts,snh->tnh", attention, values).flatten(1)
-        state = state + apply(gathered, f"{layer}self_attn.o_proj")
-        x = norm(state, f"{layer}post_attention_layernorm.weight")
-        state = state + apply(
+        trace["weights"].append(attention[:, -len(state) :, key_positions.argsort()])
+        gathered = apply(torch.einsum("nts,snh->tnh", attention, values).flatten(1), f"{layer}self_attn.o_proj")
+        rows = torch.cat([visual, state])[first_asking:] + gathered
+        if update == "ffn":
+            rows = torch.cat([visual, rows])
+        x = norm(rows, f"{layer}post_attention_layernorm.weight")
+        rows = rows + apply(
             silu(apply(x, f"{layer}mlp.gate_proj")) * apply(x, f"{layer}mlp.up_proj"), f"{layer}mlp.down_proj"
         )
+        state = rows[-len(state) :]
+        visual = visual if update == "nothing" else rows[:num_visual]
     state = norm(state, "model.norm.weight")
     trace["states"].append(state)
     head = weights["model.embed_tokens.weight"] if model.tie_embeddings else weights["lm_head.weight"]

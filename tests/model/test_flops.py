@@ -27,15 +27,23 @@ from tests.model.test_saisa import LAYOUTS, V, random_pack, random_weights, tiny
 
 PHASES = ["pretrain", "finetune"]
 SIZES = [{}, {"num_query_groups": 1}, {"projector": "linear"}, {"qkv_bias": True}, {"tie_embeddings": True}]
+FAMILY = [
+    {"architecture": "llava"},
+    {"architecture": "naavit", "projector": "linear"},
+    {"architecture": "shortv", "frozen_layers": (0,)},
+    {"architecture": "shortv", "frozen_layers": (1, 2)},
+    {"block_size": 2},
+]
 
 
 def model_of_stage(config: ModelConfig, phase: Phase, recompute: str = "none") -> SaisaModel:
     """The model with random weights, frozen as the phase wants."""
     compute = ComputeConfig.model_validate({"precision": "fp32", "recompute": recompute})
-    transformer = build_transformer_config(config, compute, ParallelConfig(), phase == "pretrain")
+    shared = config.shares_projector(phase)
+    transformer = build_transformer_config(config, compute, ParallelConfig(), shared)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     whole = Stage(0, 1, range(config.num_layers))
-    saisa = SaisaModel(config, transformer, groups, whole, phase == "pretrain")
+    saisa = SaisaModel(config, transformer, groups, whole, shared)
     generator = torch.Generator().manual_seed(0)
     for parameter in saisa.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -66,7 +74,7 @@ def test_forward_flops_equal_those_of_the_reference():
         assert forward_flops(config, num_text=7, num_visual=V) == found
 
 
-@pytest.mark.parametrize("changes", SIZES, ids=str)
+@pytest.mark.parametrize("changes", [*SIZES, *FAMILY], ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 def test_training_flops_equal_those_of_the_model(phase, changes, megatron):
     config = tiny(**changes)
@@ -80,11 +88,12 @@ def test_training_flops_equal_those_of_the_model(phase, changes, megatron):
     found = counted(lambda: saisa(pack, features).sum().backward())
     # Megatron-core's own linear layers make the gradient of the frozen features too, which nobody asked for.
     projector_in = 2 * visual.sum() * config.vision.hidden_size * config.hidden_size
-    unused = projector_in * (1 if phase == "pretrain" else config.num_layers)
+    first = ("projector.fc1.weight", "projector.linear.weight")
+    unused = projector_in * sum(name.endswith(first) for name, _ in saisa.named_parameters())
     assert training_flops(config, phase, text, visual, targets).sum() + unused == found
 
 
-@pytest.mark.parametrize("changes", SIZES, ids=str)
+@pytest.mark.parametrize("changes", [*SIZES, *FAMILY], ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 def test_parameter_counts_equal_those_of_the_model(phase, changes, megatron):
     saisa = model_of_stage(tiny(**changes), phase)

@@ -47,17 +47,18 @@ def test_settings_without_their_use_are_refused(parallel, message):
 
 
 @pytest.mark.parametrize(
-    ("layer", "last", "num_layers", "num_stages", "expected"),
+    ("layers", "last", "num_stages", "expected"),
     [
-        (1, 0, 8, 4, [2, 2, 2, 2]),
-        (1, 2, 8, 2, [5, 3]),  # the head costs two layers
-        (1, 1, 11, 4, [3, 3, 3, 2]),
-        (1, 0, 5, 2, [2, 3]),
-        (1, 100, 4, 3, [1, 2, 1]),  # every stage has a layer, whatever the head costs
+        ([1] * 8, 0, 4, [2, 2, 2, 2]),
+        ([1] * 8, 2, 2, [5, 3]),  # the head costs two layers
+        ([1] * 11, 1, 4, [3, 3, 3, 2]),
+        ([1] * 5, 0, 2, [2, 3]),
+        ([1] * 4, 100, 3, [1, 2, 1]),  # every stage has a layer, whatever the head costs
+        ([3, 3, 1, 1, 1, 1], 0, 2, [2, 4]),
     ],
 )
-def test_the_costliest_stage_costs_least(layer, last, num_layers, num_stages, expected):
-    assert split_layers(layer, last, num_layers, num_stages) == expected
+def test_the_costliest_stage_costs_least(layers, last, num_stages, expected):
+    assert split_layers(layers, last, num_stages) == expected
 
 
 def test_interleaved_stages_are_dealt_in_turn():

@@ -50,9 +50,11 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
             f"{layer}mlp.down_proj.weight": (d, f)
         }
         shapes |= {f"{layer}input_layernorm.weight": (d,), f"{layer}post_attention_layernorm.weight": (d,)}
+    owners = [f"model.layers.{i}." for i in range(0, model.num_layers, model.block_size)]
+    for owner in owners if model.architecture == "saisa" else ["model."]:
         projector = {"0": (d, c), "2": (d, d)} if model.projector == "mlp" else {"": (d, c)}
         for part, shape in projector.items():
-            prefix = f"{layer}mm_projector.{part}".rstrip(".")
+            prefix = f"{owner}mm_projector.{part}".rstrip(".")
             shapes |= {f"{prefix}.weight": shape, f"{prefix}.bias": (d,)}
     return {name: torch.randn(shape, generator=generator) * 0.4 + (len(shape) == 1) for name, shape in shapes.items()}
 
@@ -85,7 +87,12 @@ def build(model: ModelConfig, shared_projector: bool = False) -> SaisaModel:
     return SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared_projector)
 
 
-def reference_total(weights: dict[str, Tensor], model: ModelConfig, pack: Pack, features: Tensor) -> Tensor:
+Rules = list[tuple[str, str]] | None
+
+
+def reference_total(
+    weights: dict[str, Tensor], model: ModelConfig, pack: Pack, features: Tensor, rules: Rules = None
+) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     text = visual = image = 0
     for num_text, num_images in zip(pack.text_lengths, pack.image_counts, strict=True):
@@ -94,7 +101,8 @@ def reference_total(weights: dict[str, Tensor], model: ModelConfig, pack: Pack, 
         starts, image = pack.image_positions[image : image + num_images].tolist(), image + num_images
         visual_positions = torch.tensor([start + i for start in starts for i in range(V)], dtype=torch.long)
         positions, tokens = pack.positions_T[rows], pack.token_ids_T[rows]
-        logits = reference_logits(weights, model, tokens, positions, features[seen].double(), visual_positions)
+        visible = features[seen].double()
+        logits = reference_logits(weights, model, tokens, positions, visible, visual_positions, rules=rules)
         total = total + reference_loss(logits, pack.targets_T[rows])
     return total
 

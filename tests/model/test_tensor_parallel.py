@@ -25,8 +25,9 @@ def losses_and_gradients(changes: dict[str, Any], parallel: ParallelConfig) -> t
     """This process's losses and gradients; those of norms under sequence parallelism are its share of a sum."""
     initialize_distributed(parallel)
     groups, model = ProcessGroupCollection.use_mpu_process_groups(), tiny(**changes)
-    config = build_transformer_config(model, ComputeConfig(precision="fp32"), parallel, shared_projector=False)
-    saisa = SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared_projector=False)
+    shared = model.shares_projector("finetune")
+    config = build_transformer_config(model, ComputeConfig(precision="fp32"), parallel, shared)
+    saisa = SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared)
     weights = from_hf(random_weights(model).items(), name_table(model))
     load_parameters(saisa, weights, groups.tp.rank(), groups.tp.size())
     losses = saisa(*random_pack(model, LAYOUTS))
@@ -45,7 +46,17 @@ def losses_and_gradients(changes: dict[str, Any], parallel: ParallelConfig) -> t
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_query_groups": 4}, {"qkv_bias": True}, {"projector": "linear"}, {"tie_embeddings": True}],
+    [
+        {},
+        {"num_query_groups": 4},
+        {"qkv_bias": True},
+        {"projector": "linear"},
+        {"tie_embeddings": True},
+        {"architecture": "llava"},
+        {"architecture": "naavit", "projector": "linear"},
+        {"architecture": "shortv", "frozen_layers": (0,)},
+        {"block_size": 2},
+    ],
     ids=str,
 )
 def test_two_processes_have_the_gradients_of_one(changes, sequence_parallel):

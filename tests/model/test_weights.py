@@ -56,11 +56,14 @@ def test_a_vocabulary_of_another_size_is_neither_cut_nor_filled_up(name: str, nu
 def test_stage_2_starts_from_n_copies_of_the_shared_projector():
     model = tiny()
     shared = dict(random_projector(model, "shared_projector.", seed=3))
-    spread = dict(spread_shared_projector(shared, model.num_layers))
+    spread = dict(spread_shared_projector(shared, model))
     assert len(spread) == model.num_layers * len(shared)
     assert all(
         torch.equal(spread[f"layers.{i}.projector.fc1.bias"], shared["shared_projector.fc1.bias"]) for i in range(3)
     )
+    blocks = dict(spread_shared_projector(shared, tiny(block_size=2)))
+    assert {name.partition(".projector")[0] for name in blocks} == {"layers.0", "layers.2"}
+    assert dict(spread_shared_projector(shared, tiny(architecture="llava"))).keys() == shared.keys()
 
 
 def test_load_parameters_refuses_other_shapes_and_gaps():

@@ -31,6 +31,9 @@ SUMS = f"{FAKE_GPU}::test_gradients_are_summed_during_the_backward_pass_and_weig
 SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
 SAISA = "model/test_saisa.py"
+FAMILY, HF_FAMILY = "model/test_family.py", "model/test_hf_family.py"
+FAMILY_RUNS = "pipeline/test_family.py::test_a_divided_run_is_the_run_of_one_process"
+FAMILY_RUN = f"{FAMILY_RUNS}[llava pretrain PP2 interleaved]"
 HF_FORWARD = "model/test_hf_forward.py"
 HF_GENERATION = "model/test_hf_generation.py"
 PLAN = "data_prep/test_plan.py"
@@ -134,8 +137,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pipeline/stage_messages.py": [
         ("not leads or chunk < num_chunks - 1", "True", "pipeline/test_stage_messages.py"),
-        ("yield [num_rows[pack], 1,", "yield [num_rows[0], 1,", f"{SPLIT}[finetune-PP2]"),
-        ("leads in (is_first, is_last)", "leads in (is_last, is_first)", f"{SPLIT}[finetune-PP2 interleaved]"),
+        ("yield [num_rows[chunk][pack], 1,", "yield [num_rows[chunk][0], 1,", f"{SPLIT}[finetune-PP2]"),
+        ("leads=self.is_pp_first_stage", "leads=self.is_pp_last_stage", f"{SPLIT}[finetune-PP2 interleaved]"),
+        ("rows_out[::-1]", "rows_out", f"{FAMILY_RUNS}[blocks finetune PP2 interleaved]"),
     ],
     "pipeline/phases.py": [
         (' - phases.get("reduce", 0.0)', "", PHASES),
@@ -329,6 +333,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "model/pack.py": [
+        ("np.lexsort((positions_S, sample_S))", "np.lexsort((sample_S, positions_S))", FAMILY),
         ("return [t[:, None] >= torch.cat([v, t])", "return [t[:, None] > torch.cat([v, t])", SAISA),
         ("self.image_positions[:, None] + steps", "self.image_positions[:, None] + 0 * steps", SAISA),
         (
@@ -370,10 +375,31 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "model/test_attention.py",
         ),
     ],
-    "model/saisa.py": [
+    "model/layers.py": [
         ("table[num_visual:] for", "table[: len(q_TNH)] for", SAISA),
         ("self.input_norm(visual_ID), pack", "visual_ID, pack", SAISA),
         ("self.fc2(gelu(self.fc1(features_IC)[0]))[0]", "self.fc2(self.fc1(features_IC)[0])[0]", SAISA),
+    ],
+    "model/updates.py": [
+        ("self.input_norm(visual_ID), pack", "visual_ID, pack", FAMILY),
+        ("out_SNH.index_select(0, slots_S)", "out_SNH.index_select(0, rows_S)", FAMILY),
+        ("torch.cat([visual_ID, text_TD]) + attended", "torch.cat([visual_ID, text_TD])", FAMILY),
+        ("return rows_SD + self.mlp(", "return self.mlp(", FAMILY),
+        ("dim=1).flatten(0, 1)", "dim=0).flatten(0, 1)", "model/test_tensor_parallel.py"),
+    ],
+    "model/hf/family_saisa.py": [
+        ("and layer + 1 < num_layers", "", FAMILY),
+        ("and layer not in frozen_layers", "", FAMILY),
+        ('"saisa": "ffn"', '"saisa": "full"', FAMILY),
+    ],
+    "model/hf/updates_saisa.py": [
+        ("mask_B1TM=view.mask_B1SM", "mask_B1TM=view.mask_B1SM[:, :, :1]", HF_FAMILY),
+        ("rows_BSD = rows_BSD + attended_BSD", "rows_BSD = attended_BSD", HF_FAMILY),
+        ("slots.join(t_BTD + attended_BTD, visual)", "slots.join(attended_BTD, visual)", HF_FAMILY),
+    ],
+    "model/saisa.py": [
+        ("self._carries(self.stage.layers.stop) else None", "False else None", FAMILY_RUN),
+        ("else features_IC[:0]", "else features_IC", FAMILY_RUN),
         ("pack.targets_T.index_select(0, pack.target_rows_R)", "pack.targets_T[: len(logits_RV)]", SAISA),
         ('return logits_TV.masked_fill(is_padding_V, float("-inf"))', "return logits_TV", SAISA),
         (".shared = not is_first", ".shared = False", f"{SPLIT}[pretrain-PP2]"),
@@ -483,7 +509,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("whole.chunk(2) if name.endswith(GATED) else (whole,)", "(whole,)", f"{SPLIT}[pretrain-TP2]"),
         ("return parts[0][: self.num_rows]", "return parts[0]", "model/test_weights.py"),
         ("return [joined[: self.num_rows]]", "return [joined]", "model/test_weights.py"),
-        ("for i in range(num_layers):", "for i in range(num_layers - 1):", "model/test_weights.py"),
+        ("if kind.is_projected:\n", "if kind.is_projected and i:\n", "model/test_weights.py"),
         ("missing.discard(name)", "missing.clear()", "model/test_weights.py"),
     ],
     "model/parallel.py": [
@@ -492,10 +518,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("if VOCABULARY_MULTIPLE % tp == 0]", "]", "model/test_parallel.py"),
     ],
     "model/flops.py": [
-        ("num_query_gradients = n if is_trained else n - 1", "num_query_gradients = n", "model/test_flops.py"),
+        ("total = total - p.linear_q - p.attention // 2", "total = total - p.linear_q", "model/test_flops.py"),
         (
-            "attention=2 * 2 * num_text * num_keys * queries",
-            "attention=2 * num_text * num_keys * queries",
+            'num_in_ffn = num_text if update == "none"',
+            'num_in_ffn = num_text if update != "full"',
+            "model/test_flops.py",
+        ),
+        (
+            "attention=2 * 2 * num_asking * num_keys * queries",
+            "attention=2 * num_asking * num_keys * queries",
             "model/test_flops.py",
         ),
     ],
