@@ -56,6 +56,15 @@ class Slots(NamedTuple):
             num_rows = int((~visual_BS).sum(dim=1).max())
         return cls(visual_BS, visual_BS.int().argsort(dim=1, stable=True)[:, :num_rows])
 
+    def place(self, visual_NPD: Tensor) -> Tensor:
+        """Returns [B, S, D] with visual tokens in their slots and zeros in the others."""
+        empty_BSD = visual_NPD.new_zeros(*self.visual_BS.shape, visual_NPD.shape[-1])
+        return empty_BSD.masked_scatter(self.visual_BS[..., None], visual_NPD)
+
+    def join(self, text_BTD: Tensor, visual_BSD: Tensor) -> Tensor:
+        """Returns [B, S, D] with text rows in their slots and the others as they are in `visual_BSD`."""
+        return torch.where(self.visual_BS[..., None], visual_BSD, self.merge(text_BTD, 0.0))
+
     def gather(self, slots_BS: Tensor) -> Tensor:
         """Returns the text rows [B, T, ...] of something [B, S, ...]."""
         if self.text_BT is None:
@@ -114,12 +123,14 @@ class View(NamedTuple):
         mask_B1TM: true where a text row may see a key.
         slot_S: the cache's slots of the new keys.
         has_weights: work the attention weights out, instead of calling a kernel that never holds them.
+        mask_B1SM: true where the row of any slot may see a key; only where visual tokens ask too.
     """
 
     rotary_BS2H: Tensor
     mask_B1TM: Tensor
     slot_S: Tensor
     has_weights: bool
+    mask_B1SM: Tensor | None = None
 
 
 def attend_without_weights(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, None]:
@@ -191,23 +202,36 @@ def build_projector(config: SaisaConfig) -> nn.Module:
 
 
 class SaisaLayer(GradientCheckpointingLayer):
-    """One layer: project the features, let text attend to both, run the FFN on text."""
+    """One layer: text attends to visual tokens and text, then passes the FFN.
+
+    With a projector it makes its visual tokens from the features; otherwise it takes those of the layer below.
+    """
 
     def __init__(self, config: SaisaConfig, layer: int) -> None:
         super().__init__()
-        self.mm_projector = build_projector(config)
+        self.mm_projector = build_projector(config) if config.layer_kinds[layer].is_projected else None
         self.input_layernorm = SaisaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SaisaAttention(config, layer)
         self.post_attention_layernorm = SaisaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SaisaMLP(config)
 
     def forward(
-        self, t_BTD: Tensor, features_NPC: Tensor | None, slots: Slots, view: View, past_key_values: Any = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the text rows [B, T, D] of the next layer, and attention weights if the view asks for them."""
+        self, t_BTD: Tensor, visual: Tensor | None, slots: Slots, view: View, past_key_values: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the text rows [B, T, D] of the next layer, its visual tokens [B, S, D], and attention weights.
+
+        Args:
+            t_BTD: text rows.
+            visual: features [N, P, C] if the layer has a projector, else visual tokens in their slots [B, S, D].
+            slots: where rows stand.
+            view: what rows see; it says whether weights are wanted.
+            past_key_values: a cache to fill.
+        """
         x_BTD = kv_BSD = self.input_layernorm(t_BTD)
-        if features_NPC is not None:
-            kv_BSD = slots.merge(x_BTD, self.input_layernorm(self.mm_projector(features_NPC)))
+        if visual is not None and self.mm_projector is not None:
+            kv_BSD = slots.merge(x_BTD, self.input_layernorm(self.mm_projector(visual)))
+        elif visual is not None:
+            kv_BSD = slots.join(x_BTD, self.input_layernorm(visual))
         attended_BTD, weights_BQTM = self.self_attn(x_BTD, kv_BSD, slots, view, past_key_values)
         h_BTD = t_BTD + attended_BTD
-        return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD)), weights_BQTM
+        return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD)), visual, weights_BQTM

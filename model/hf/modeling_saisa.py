@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_saisa import SaisaConfig
 from .generation_saisa import SaisaGenerationMixin
-from .layers_saisa import SaisaLayer, SaisaRMSNorm, Slots, View, rotary_table
+from .layers_saisa import SaisaRMSNorm, Slots, View, build_projector, rotary_table
+from .updates_saisa import build_layer
 from .vision_saisa import STORED_NAMES, FrozenLinear, VisionTower, stored_name
 
 IGNORE_INDEX = -100
@@ -34,7 +35,9 @@ class SaisaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([SaisaLayer(config, i) for i in range(config.num_hidden_layers)])
+        has_own = any(kind.is_projected for kind in config.layer_kinds)
+        self.mm_projector = None if has_own else build_projector(config)
+        self.layers = nn.ModuleList([build_layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SaisaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vision_tower = VisionTower(config.vision_config, config.vision_select_layer)
 
@@ -82,18 +85,23 @@ class SaisaModel(nn.Module):
         else:
             assert input_ids is not None
             t_BTD = self.embed_tokens(slots.gather(input_ids.masked_fill(visual_BS, 0)))
-        # A query sees the real keys up to its own slot; itself always, so that a padding row stays finite.
         key_M = torch.arange(mask_BM.shape[1], device=visual_BS.device)
-        query_BT1 = slots.gather(slot_S.expand_as(visual_BS))[..., None]
-        mask_B1TM = ((key_M < query_BT1) & mask_BM[:, None] | (key_M == query_BT1))[:, None]
+        query_BS1 = slot_S.expand_as(visual_BS)[..., None]
+        mask_B1TM = mask_of(slots.gather(query_BS1), key_M, mask_BM)
+        asks = any(kind.update == "full" for kind in self.config.layer_kinds)
+        mask_B1SM = mask_of(query_BS1, key_M, mask_BM) if asks else None
         rotary_BS2H = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, t_BTD.dtype)
         has_weights = output_attentions or self.config._attn_implementation == "eager"
-        view = View(rotary_BS2H, mask_B1TM, slot_S, has_weights)
+        view = View(rotary_BS2H, mask_B1TM, slot_S, has_weights, mask_B1SM)
+        visual = features_NPC
+        if features_NPC is not None and self.mm_projector is not None:
+            visual = slots.place(self.mm_projector(features_NPC))
         hidden_states, attentions = [], []
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while the model drafts for itself
             if output_hidden_states:
                 hidden_states.append(slots.merge(t_BTD.to(visual_BS.device), 0.0))
-            t_BTD, weights_BQTM = layer(t_BTD, features_NPC, slots, view, past_key_values=cache)
+            visual = visual if layer.mm_projector is None else features_NPC
+            t_BTD, visual, weights_BQTM = layer(t_BTD, visual, slots, view, past_key_values=cache)
             if output_attentions:
                 weights_BTW = weights_BQTM.to(visual_BS.device).transpose(1, 2).flatten(2)
                 attentions.append(slots.merge(weights_BTW, 0.0).unflatten(2, (-1, len(key_M))).transpose(1, 2))
@@ -116,6 +124,11 @@ class SaisaModel(nn.Module):
                 f"{len(pixels_N3HW)} images need {len(pixels_N3HW) * per_image} placeholders in input_ids ({per_image} "
                 f"each), but there are {num_placeholders}; write one <image> in the text for every image"
             )
+
+
+def mask_of(query_BR1: Tensor, key_M: Tensor, mask_BM: Tensor) -> Tensor:
+    """Returns bool[B, 1, R, M]: a query sees the real keys up to its slot; itself always, so that it stays finite."""
+    return ((key_M < query_BR1) & mask_BM[:, None] | (key_M == query_BR1))[:, None]
 
 
 def find_keys(
@@ -153,7 +166,7 @@ class SaisaForConditionalGeneration(SaisaGenerationMixin, PreTrainedModel, Gener
     config_class = SaisaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules: ClassVar = ["SaisaLayer", "VisionTower"]
+    _no_split_modules: ClassVar = ["SaisaLayer", "UpdatingLayer", "VisionTower"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True

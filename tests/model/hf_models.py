@@ -60,10 +60,11 @@ def reference(
     row: list[int],
     images: Tensor | None,
     trace: dict[str, list[Tensor]] | None = None,
+    rules: list[tuple[str, str]] | None = None,
 ) -> Tensor:
     """Returns logits [text tokens, VOCAB] from the equations, with features from transformers' own encoder.
 
-    `trace` gets what `reference_logits` writes down.
+    `trace` gets what `reference_logits` writes down; `rules` are those of an architecture other than SAISA.
     """
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -82,4 +83,5 @@ def reference(
         features = (hidden[:, 1:] if kind is CLIPVisionModel else hidden).flatten(0, 1).double()
     ids = torch.tensor(row)
     text, visual = (ids != IMAGE).nonzero()[:, 0], (ids == IMAGE).nonzero()[:, 0]
-    return reference_logits(weights, model_config_from_hf(config), ids[text], text, features, visual, trace)[:, :VOCAB]
+    sizes = model_config_from_hf(config)
+    return reference_logits(weights, sizes, ids[text], text, features, visual, trace, rules)[:, :VOCAB]
