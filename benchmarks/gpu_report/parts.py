@@ -9,22 +9,22 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
 from warnings import catch_warnings, simplefilter
-from zlib import crc32
 
 import pytest
 import torch
 import yaml
 
 from benchmarks import gpu
-from benchmarks.fake_gpu.step import build_batch, build_pack, build_state
+from benchmarks.fake_gpu.step import build_state
 from benchmarks.fake_gpu.traces import WAITS_OF_A_STEP, Load, place
+from benchmarks.gpu_report.made_up import make_up_weights, random_batch
+from benchmarks.gpu_report.outcomes import Outcomes
 from benchmarks.roofline import model_flops
 from model.compute import compute_dtype
 from model.config import ComputeConfig, ModelConfig
@@ -32,7 +32,6 @@ from model.memory import PackSize, peak_bytes
 from pipeline.config import LogConfig, RunConfig, load_config
 from pipeline.distributed import initialize_distributed
 from pipeline.metrics import peak_tflops
-from pipeline.state import TrainState
 from pipeline.step import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,40 +73,13 @@ def machine(work: Work) -> None:
         work.record(what=what, value=str(value))
 
 
-class _Tests:
-    """A pytest plugin: a row for each test function, once the next begins, with what came of its cases."""
-
-    def __init__(self, record: Callable[..., None]) -> None:
-        self.record, self.name, self.failure = record, "", ""
-        self.counts: Counter[str] = Counter()
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        name = report.nodeid.rpartition("::")[2].partition("[")[0]
-        if name != self.name:
-            self.flush()
-            self.name = name
-        if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] += 1
-        if report.failed and not self.failure:
-            self.failure = f"{report.nodeid.rpartition('::')[2]}: {str(report.longrepr).strip().splitlines()[-1][:200]}"
-
-    def pytest_sessionfinish(self) -> None:
-        self.flush()
-
-    def flush(self) -> None:
-        if self.counts:
-            outcomes = {outcome: self.counts[outcome] for outcome in ("passed", "failed", "skipped")}
-            self.record(test=self.name, **outcomes, first_failure=self.failure)
-        self.failure, self.counts = "", Counter()
-
-
 def kernels(work: Work, file: str) -> None:
     """Runs a file of tests/gpu. In a dry run one that needs no GPU, so that the recording is tried."""
     path = ROOT / ("tests/model/test_segments.py" if work.is_dry else f"tests/gpu/{file}")
     os.environ["SAISA_TEST_GPU"] = "1"
     options = ["-o", "addopts=-q --import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     with catch_warnings():
-        status = pytest.main([*options, str(path)], plugins=[_Tests(work.record)])
+        status = pytest.main([*options, str(path)], plugins=[Outcomes(work.record)])
     if status != 0:
         raise SystemExit(1)
 
@@ -148,31 +120,6 @@ def _small_losses(stage: str, compute: ComputeConfig) -> list[float]:
     state = build_state(config, SMALL_LOAD)
     make_up_weights(state, on_cpu=True)
     return [train_step(state, random_batch(step, state, SMALL_LOAD), 0.0).loss for step in range(NUM_LOSSES)]
-
-
-def make_up_weights(state: TrainState, on_cpu: bool) -> None:
-    """Fills the model and the encoder; from the CPU's random numbers they are the same on every machine."""
-    device = torch.device("cpu") if on_cpu else state.device
-    with torch.no_grad():
-        for name, parameter in (item for part in [*state.stages, state.tower] for item in part.named_parameters()):
-            generator = torch.Generator(device).manual_seed(crc32(name.encode()))
-            noise = torch.randn(parameter.shape, generator=generator, device=device)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.copy_(0.1 * noise + (0 if name.endswith("bias") else 1))
-    state.optimizer.reload_model_params()
-
-
-def random_batch(step: int, state: TrainState, load: Load) -> Any:
-    """Returns one pack of random tokens and images, the same on every machine."""
-    generator = torch.Generator().manual_seed(step)
-    pack = build_pack(load, state.config.model.vision.num_tokens, state.config.row_multiple)
-    tokens, targets = torch.randint(state.config.model.vocab_size, (2, len(pack.token_ids_T)), generator=generator)
-    targets = torch.where(pack.targets_T < 0, pack.targets_T, targets)
-    batch = build_batch(step, [replace(pack, token_ids_T=tokens, targets_T=targets)], state)
-    batch.micro_batches[0].pixels_B3HW.random_(0, 256, generator=generator)
-    return replace(batch, counts=replace(batch.counts, num_targets=pack.num_targets))
 
 
 def sizes_of(name: str) -> list[str]:

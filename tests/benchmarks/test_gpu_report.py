@@ -15,6 +15,7 @@ from benchmarks import gpu
 from benchmarks.fake_gpu.traces import ROOT, WAITS_OF_A_STEP
 from benchmarks.gpu_report import parts, runner
 from benchmarks.gpu_report.__main__ import DOCS, main
+from benchmarks.gpu_report.outcomes import Outcomes
 from benchmarks.gpu_report.runner import PARTS, Part, make_report
 from benchmarks.gpu_report.tables import Result, markdown
 from model.config import ComputeConfig
@@ -75,7 +76,7 @@ def test_rows_become_a_table_with_a_column_for_each_name():
 
 def test_a_test_is_a_row_with_its_first_failure():
     rows: list[dict] = []
-    plugin = parts._Tests(lambda **row: rows.append(row))
+    plugin = Outcomes(lambda **row: rows.append(row))
     for name, when, outcome in (
         ("a[1]", "setup", "passed"),
         ("a[1]", "call", "failed"),
