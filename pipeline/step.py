@@ -178,8 +178,7 @@ def model_inputs(state: TrainState, batch: GlobalBatch) -> list[tuple[Pack, Tens
     """Returns every micro-batch's pack and visual features [I, C], on this process's device."""
 
     def encode(pixels_B3HW: Tensor) -> Tensor:
-        pixels = state.source.image_processor.normalize(pixels_B3HW)
-        return state.tower(pixels.to(compute_dtype(state.config.compute)))
+        return state.tower(state.source.image_processor.normalize(pixels_B3HW))
 
     packs = [micro_batch.pack for micro_batch in batch.micro_batches]
     # Each part was pinned by itself, and what is made of pinned parts on the host is not.

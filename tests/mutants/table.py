@@ -110,7 +110,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("return torch.full((), value, dtype", "return torch.tensor(value, dtype", f"{WAITS}[stage 2]"),
         ("total = losses.sum()\n", "total = losses.sum()\n    assert total.item() > 0\n", f"{WAITS}[stage 2]"),
         ("pixels_B3HW.to(state.device, non_blocking=True)", "pixels_B3HW.to(state.device)", f"{WAITS}[stage 2]"),
-        ("state.tower(pixels.to(compute_dtype(state.config.compute)))", "state.tower(pixels)", f"{WAITS}[stage 2]"),
         (
             "    torch.distributed.all_reduce(values)\n    return values",
             "    if is_last:\n        torch.distributed.all_reduce(values)\n    return values",
@@ -453,6 +452,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         (".transpose(0, 1).flatten(0, 1))", ".flatten(0, 1))", "model/test_vision.py"),
     ],
     "model/hf/vision_saisa.py": [
+        ("pixels_N3HW.to(device, weight.dtype)", "pixels_N3HW.to(device)", f"{WAITS}[stage 2]"),
         (
             "return x_NKC[:, 1:] if self.is_clip else x_NKC",
             "return x_NKC[:, :-1] if self.is_clip else x_NKC",
