@@ -5,8 +5,9 @@
 Nothing is measured; the whole step is traced, which takes half a minute. A kernel takes as long as its slower half: its
 FLOPs at the rate that large matrix products (or attention) are known to reach, or its bytes at the bandwidth of the
 memory, and never less than a launch. Sums of gradients run beside the backward pass and collected weights beside the
-forward pass, at full speed both; all other collectives count as waited for. FLOPs of the model are those of
-`model.flops`: products counted once, attention as full rectangles, nothing that is recomputed.
+forward pass, at full speed both; all other collectives count as waited for, messages between stages too. In a pipeline
+the slowest stage tells the time, and how long it idles. FLOPs of the model are those of `model.flops`: products counted
+once, attention as full rectangles, nothing that is recomputed.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from benchmarks.fake_gpu.options import Config, Images, Overrides, Packs, Sample
 from benchmarks.fake_gpu.traces import Case, Event, Load, Trace, trace_all
 from common.console import build_console, count_text, run
 from model.flops import encoder_forward_flops, training_flops
-from model.parallel import ParallelConfig
 from pipeline.config import RunConfig, load_config
 
 
@@ -127,15 +127,15 @@ def is_gather_beside(event: Event) -> bool:
 
 
 def collective_seconds(event: Event, chip: Chip) -> float:
-    """Returns the time of a ring over the processes of a group; an all-reduce goes round twice."""
+    """Returns the time of a ring over the processes of a group, an all-reduce goes round twice; or of a message."""
     size = len(event.ranks)
     if size < 2:
         return 0.0
     num_nodes = len({rank // GPUS_OF_A_NODE for rank in event.ranks})
-    rounds = 2 if event.name == "allreduce" else 1
+    rounds = 1.0 if event.name in ("send", "recv") else (2 if event.name == "allreduce" else 1) * (size - 1) / size
     # Across nodes a ring goes through the network adapters of all its processes of a node at once.
     bandwidth = chip.node_bytes if num_nodes == 1 else min(chip.node_bytes, size / num_nodes * chip.network_bytes)
-    return chip.launch_seconds + rounds * (size - 1) / size * event.num_bytes / bandwidth
+    return chip.launch_seconds + rounds * event.num_bytes / bandwidth
 
 
 def kind_of(event: Event) -> str:
@@ -175,6 +175,28 @@ def costs(trace: Trace, chip: Chip) -> dict[Key, Cost]:
     return found
 
 
+def slowest_stage(stages: Sequence[dict[Key, Cost]], num_turns: int) -> dict[Key, Cost]:
+    """Returns what the stage of a pipeline that takes the longest costs in a step, the time it idles included.
+
+    Source: arXiv 2104.04473, section 2.2: p stages idle for (p - 1) / (m v) of the time of their passes.
+
+    Args:
+        stages: the costs of each process of the pipeline.
+        num_turns: m packs times v chunks of a process.
+    """
+    slowest = max(stages, key=lambda found: sum(cost.seconds for cost in found.values()))
+    passes = sum(cost.seconds for key, cost in slowest.items() if is_of_passes(key))
+    num_idle = len(stages) - 1
+    idle = {("idle", "idle", "waiting for the other stages"): Cost(num_idle / num_turns * passes, 1)}
+    return slowest | (idle if num_idle else {})
+
+
+def is_of_passes(key: Key) -> bool:
+    """Whether something happens in the forward and backward passes of packs, and not once a step."""
+    kind, _, source = key
+    return kind != "encoder" and source.startswith(("model/", "backward"))
+
+
 def summed(costs: dict[Key, Cost], part: int) -> dict[str, Cost]:
     """Returns the costs by one part of their keys, the largest first."""
     found: dict[str, Cost] = {}
@@ -184,9 +206,10 @@ def summed(costs: dict[Key, Cost], part: int) -> dict[str, Cost]:
     return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
-def model_flops(config: RunConfig, load: Load) -> tuple[int, int]:
-    """Returns the FLOPs of a process's step: the model's alone, and with those of an encoder such as CLIP's."""
-    vision, num_samples = config.model.vision, load.num_packs * load.num_samples
+def model_flops(config: RunConfig, load: Load) -> tuple[float, float]:
+    """Returns a process's part of a step's FLOPs: the model's alone, and with those of an encoder such as CLIP's."""
+    vision, num_processes = config.model.vision, config.parallel.tp * config.parallel.pp
+    num_samples = load.num_packs * load.num_samples / num_processes  # all processes of a replica have its packs
     sizes = load.num_text, load.num_images * vision.num_tokens, load.num_targets
     model = num_samples * training_flops(config.model, config.phase, *sizes)
     images = num_samples * load.num_images
@@ -209,12 +232,11 @@ def main(
     settings, chip = tuple(overrides or ()), CHIPS[gpu]
     recipe = load_config(config, [*settings])
     load = build_load(recipe, packs, samples, text, images)
-    if recipe.parallel.pp > 1:
-        raise BadParameter(no_pipelines(recipe.parallel, packs), param_hint="overrides")
-    [trace] = trace_all([Case(config, settings, load, world)])
-    found = costs(trace, chip)
+    parallel = recipe.parallel
+    traces = trace_all([Case(config, settings, load, world, n * world // parallel.pp) for n in range(parallel.pp)])
+    found = slowest_stage([costs(trace, chip) for trace in traces], packs * parallel.chunks_per_rank)
     total = sum(cost.seconds for cost in found.values())
-    load_text = f"{count_text(packs, 'pack')} of {load.num_samples} samples a process"
+    load_text = f"{count_text(packs, 'pack')} of {load.num_samples} samples a replica"
     title = f"{config.stem}, {load_text}, {world} x {gpu}: predicted, not measured"
     console = build_console()
     console.print(as_table(title, summed(found, 0), total))
@@ -229,18 +251,6 @@ def main(
     console.print(
         f"a step: {total * 1e3:.0f} ms; MFU: {alone / total / chip.peak_flops:.1%} of the model's FLOPs, "
         f"{with_encoder / total / chip.peak_flops:.1%} with the encoder's; times that the host waits: {num_waits}"
-    )
-
-
-def no_pipelines(parallel: ParallelConfig, num_packs: int) -> str:
-    """Returns why pipelines are refused, and what they cost at least.
-
-    Source: arXiv 2104.04473, section 2.2: stages of equal cost idle for (p - 1) / (m v) of the time that they compute.
-    """
-    idle = (parallel.pp - 1) / (num_packs * parallel.chunks_per_rank)
-    return (
-        f"parallel.pp={parallel.pp}: a trace is of one process, and how long its stage waits for the others is not in "
-        f"it; use parallel.pp=1. Stages of equal cost would idle for {idle:.0%} of the time that they compute"
     )
 
 

@@ -3,19 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from typer import BadParameter
 
-from benchmarks.fake_gpu.traces import Event
+from benchmarks.fake_gpu.traces import Event, Load
 from benchmarks.roofline import (
     Chip,
+    Cost,
     collective_seconds,
     kind_of,
-    main,
-    no_pipelines,
+    model_flops,
     seconds_of,
     seconds_of_all,
+    slowest_stage,
 )
-from model.parallel import ParallelConfig
+from pipeline.config import load_config
 from tests.benchmarks.traced import STAGE2
 
 # A kernel takes a second for each byte, a collective of two processes half a second for each.
@@ -84,18 +84,11 @@ RATES = Chip(40.0, 10.0, 20.0, (4.0, 2.0), 8.0, 1.0, 1.0, 0.5)
         (Event("collective", "allgather", (), (), 8, 0, "", (0, 1)), 0.5 + 1 / 2 * 8),
         (Event("collective", "allreduce", (), (), 8, 0, "", (0, 1)), 0.5 + 2 * 1 / 2 * 8),
         (Event("collective", "allreduce", (), (), 8, 0, "", (0,)), 0),
+        (Event("collective", "send", (), (), 8, 0, "", (0, 1)), 0.5 + 8),
     ],
 )
 def test_an_event_takes_as_long_as_its_slower_half(event, expected):
     assert seconds_of(event, RATES) == expected
-
-
-def test_a_pipeline_is_refused_with_what_it_would_cost():
-    parallel = ParallelConfig(pp=4, chunks_per_rank=2)
-    told = no_pipelines(parallel, num_packs=6)
-    assert told.startswith("parallel.pp=4: a trace is of one process") and "idle for 25% of" in told
-    with pytest.raises(BadParameter, match="idle for 50% of the time"):
-        main(STAGE2, packs=2, overrides=["parallel.pp=2"])
 
 
 @pytest.mark.parametrize(
@@ -109,4 +102,28 @@ def test_a_pipeline_is_refused_with_what_it_would_cost():
     ],
 )
 def test_what_makes_8_bits_has_a_line_of_its_own(name, flops, kind):
-    assert kind_of(Event("kernel", name, (), ("bfloat16", "float8_e4m3fn"), 8, flops, "model/saisa.py:1", "")) == kind
+    assert kind_of(Event("kernel", name, (), ("bfloat16", "float8_e4m3fn"), 8, flops, "model/saisa.py:1")) == kind
+
+
+def test_processes_of_a_replica_share_its_flops():
+    load = Load(num_packs=4, num_samples=8)
+    alone, divided = (
+        model_flops(load_config(STAGE2, overrides), load) for overrides in ([], ["parallel.tp=2", "parallel.pp=2"])
+    )
+    assert divided == tuple(flops / 4 for flops in alone)
+
+
+def test_a_pipeline_takes_as_long_as_its_slowest_stage_and_idles_by_the_share_of_its_passes():
+    first = {
+        ("matrix products", "te.gemm", "model/saisa.py:1"): Cost(6.0, 6),
+        ("encoder", "mm", "model/hf/x.py:1"): Cost(1, 1),
+    }
+    last = {
+        ("matrix products", "te.gemm", "model/saisa.py:1"): Cost(4.0, 4),
+        ("collective", "reduce_scatter_base", "backward (megatron/x.py:1)"): Cost(2.0, 4),
+        ("encoder", "te.qgelu", "model/hf/x.py:1"): Cost(1.0, 1),
+        ("optimizer", "te.multi_tensor_adam", "pipeline/optimizer.py:1"): Cost(3.0, 1),
+    }
+    found = slowest_stage([first, last], num_turns=8)
+    assert found == last | {("idle", "idle", "waiting for the other stages"): Cost(1 / 8 * 6.0, 1)}
+    assert slowest_stage([first], num_turns=8) == first

@@ -43,8 +43,10 @@ VERIFY = "data_prep/test_verify.py::test_damage_is_named_and_the_advice_repairs_
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "benchmarks/roofline.py": [
-        ('rounds = 2 if event.name == "allreduce" else 1', "rounds = 1", ROOFLINE),
+        ('(2 if event.name == "allreduce" else 1)', "1", ROOFLINE),
         ('chip.attention_flops["backward" in event.name]', "chip.attention_flops[0]", ROOFLINE),
+        ("num_idle / num_turns * passes", "num_idle / num_turns", ROOFLINE),
+        ("* load.num_samples / num_processes", "* load.num_samples", ROOFLINE),
         ("event.num_bytes / chip.memory_bytes, chip.launch_seconds)", "chip.launch_seconds)", ROOFLINE),
     ],
     "benchmarks/gpu_report/runner.py": [
