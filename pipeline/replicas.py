@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -26,8 +27,9 @@ BUCKET_PARAMETERS, REPLICA_PARAMETERS = 40_000_000, 1_000_000
 def wrap(
     stages: list[SaisaModel], groups: ProcessGroupCollection, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Returns the stages with their gradients in buffers that the distributed optimizer shares out.
+    """Returns the stages with weights and gradients in buffers that the distributed optimizer shares out.
 
+    The weights are still to be loaded: the memory they had is given back first, so that nothing exists twice.
     Only the first stage of a pipeline has several buckets: the others end earlier, and their sums too.
     """
     ddp_config = DistributedDataParallelConfig(
@@ -44,6 +46,8 @@ def wrap(
         in_buckets = parallel.overlap_grad_reduce and stage.stage.is_first
         size = bucket_size if in_buckets else None
         trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        for parameter in (parameter for parameter in trained if not is_float8tensor(parameter)):
+            parameter.data = parameter.data.new_empty(1).expand_as(parameter)  # of the same shape
         layout = DistributedOptimizer.compute_full_param_layout(trained, size, groups.dp_cp.size(), ddp_config)
         wrapped.append(DistributedDataParallel(stage.config, ddp_config, stage, not in_buckets, groups, layout))
     config, no_sync = cast(Any, stages[0].config), [chunk.no_sync for chunk in wrapped]

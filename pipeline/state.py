@@ -75,6 +75,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
     source = build_source(config, sets, table, coordinates)
     check_profile_steps(config.log.profile_steps, source.num_steps)
     stages = build_stages(config, groups, layers_per_stage(config, table), device)
+    wrapped = make_trainable(config, stages, groups)
     for stage in stages:
         initial_parameters(config, stage, groups.tp)
     return assemble(
@@ -82,6 +83,7 @@ def build(config: RunConfig, device: torch.device) -> TrainState:
         device,
         groups,
         stages,
+        wrapped,
         tower=load_vision_tower(config.init.base, compute_dtype(config.compute), device),
         flops_per_image=flops_per_image(config.init.base, config.model.vision),
         source=source,
@@ -109,14 +111,14 @@ def assemble(
     device: torch.device,
     groups: ProcessGroupCollection,
     stages: list[SaisaModel],
+    wrapped: list[DistributedDataParallel],
     tower: VisionTower,
     flops_per_image: int,
     source: BatchSource,
     run: RunInfo,
 ) -> TrainState:
-    """Returns the state at step 0 around stages that have their weights, trainable as the phase wants."""
+    """Returns the state at step 0 around stages that are trainable and have their weights."""
     fuse_activations(tower, config.compute)
-    wrapped = make_trainable(config, stages, groups)
     phases, schedule = Phases(device, config.log.nvtx), wrapped[0].config  # which all chunks share
     assert schedule.finalize_model_grads_func is not None
     schedule.finalize_model_grads_func = phases.around("reduce", schedule.finalize_model_grads_func)
@@ -165,7 +167,7 @@ def build_stages(
 def make_trainable(
     config: RunConfig, stages: list[SaisaModel], groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
-    """Returns the stages with what the phase trains in gradient buffers, and the rest frozen."""
+    """Returns the stages with what the phase trains in buffers, without its weights, and the rest frozen."""
     for stage in stages:
         freeze(stage, config.phase)
     return wrap(stages, groups, config.parallel)

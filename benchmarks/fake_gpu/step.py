@@ -42,7 +42,7 @@ from pipeline.data.samples import Sample
 from pipeline.data.schedule import BatchCounts
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.optimizer import owned_ranges, set_num_updates
-from pipeline.state import TrainState, assemble, build_stages, check_kernels
+from pipeline.state import TrainState, assemble, build_stages, check_kernels, make_trainable
 from pipeline.step import train_step
 
 
@@ -153,7 +153,8 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
     stages = build_stages(config, groups, num_layers, device)
     source = SimpleNamespace(num_steps=100, image_processor=SaisaImageProcessor(do_rescale=True))
     made_up: dict[str, Any] = {"flops_per_image": 0, "source": source, "run": None}
-    return assemble(config, device, groups, stages, build_tower(config, device), **made_up)
+    wrapped = make_trainable(config, stages, groups)
+    return assemble(config, device, groups, stages, wrapped, build_tower(config, device), **made_up)
 
 
 def build_tower(config: RunConfig, device: torch.device) -> VisionTower:

@@ -176,6 +176,7 @@ def test_memory_between_steps_is_weights_gradients_and_a_share_of_the_optimizer(
     expected = resident_bytes(config.model, config.phase, config.compute, "fp32", num_replicas, in_bf16)
     expected += 2 * 3 * 12 * 1024**2  # the encoder
     assert traces[name].resident_bytes == pytest.approx(expected, rel=0.01)
+    assert traces[name].start_bytes <= traces[name].resident_bytes, "something exists twice"
 
 
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 ranks", "llama 3"])
