@@ -38,4 +38,10 @@ def build_load(config: RunConfig, packs: int, samples: int | None, text: int, im
             f"--samples {samples}: a pack of this run takes {most} of {text} text tokens and {images} images; ask for "
             "less, or raise data.max_text_tokens_per_pack and data.max_images_per_pack"
         )
+    pp = config.parallel.pp
+    if config.parallel.chunks_per_rank > 1 and packs % pp:
+        raise UsageError(
+            f"--packs {packs}: interleaved stages take a multiple of parallel.pp={pp}, up to which a run adds empty "
+            f"packs; use {-(-packs // pp) * pp}"
+        )
     return Load(packs, samples or most, text, images)

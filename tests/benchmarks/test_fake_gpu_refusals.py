@@ -31,6 +31,13 @@ def test_samples_are_such_as_a_run_would_not_cut():
         build_load(load_config(STAGE2, SETTINGS), 1, None, 900, 2)
 
 
+def test_interleaved_stages_take_as_many_packs_as_a_run_gives_them():
+    config = load_config(STAGE2, [*SETTINGS, "parallel.pp=2", "parallel.chunks_per_rank=2"])
+    assert build_load(config, 4, None, 256, 1).num_packs == 4
+    with pytest.raises(ValueError, match="--packs 3: interleaved stages take a multiple of parallel.pp=2, .* use 4"):
+        build_load(config, 3, None, 256, 1)
+
+
 def test_the_process_is_one_of_the_world():
     with pytest.raises(ValueError, match="--rank 8 is none of --world 8; use 0 to 7"):
         main(STAGE2, world=8, rank=8)
