@@ -32,9 +32,10 @@ Rotary = tuple[Tensor, ...]  # see `rotary_table`
 Kernel = Literal["dense", "torch_varlen", "flash_attn", "block"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 HALF = (torch.bfloat16, torch.float16)
-# A varlen call keeps a copy of the keys and values of every segment until the backward pass. Where that is more than
-# twice what the pack has, `block`, which keeps each once, takes over: with n images and text between them, all in one
-# sample, from n = 3 on. Reasoned from memory, not measured.
+# A varlen call gathers, and keeps until the backward pass, the keys and values of every segment. Where that is more
+# than twice what the pack has, `block`, which takes each where it is, wins even if it reaches but half of flash's rate:
+# with n images and text between them, all in one sample, from n = 3 on. By traced bytes and FLOPs, which
+# docs/benchmarks.md lists; never measured.
 MAX_KEY_EXPANSION = 2.0
 
 
