@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-transformers5 test-lmms test-energon clean
+.PHONY: help setup demo compare test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat test-hf test-transformers5 test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -37,6 +37,9 @@ setup: .venv/.ready ## build .venv from requirements.lock (what needs it does th
 
 demo: setup ## the whole story on two CPU cores: data, shards, stage 1, stage 2, export, questions
 	$(PYTHON) -m orchestration.demo $(ARGS)
+
+compare: setup ## [ARGS="--quick --only saisa,naavit"]: the architectures of the paper, trained and compared on drawn shapes
+	$(PYTHON) -m orchestration.compare $(ARGS)
 
 # Three processes on two cores: many tests wait for processes of their own.
 test: setup ## the CPU tests

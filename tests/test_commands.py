@@ -15,6 +15,7 @@ STAGE1 = "--config configs/demo-stage1.yaml"
 MISTAKES = {
     "benchmarks.fake_gpu": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
     "benchmarks.roofline": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
+    "orchestration.compare": ("--out configs", "configs: holds files that no comparison wrote"),
     "orchestration.demo": ("--out README.md", "README.md"),
     "orchestration.ray_train": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
     "orchestration.submit_check": ("--none", "No such option"),
