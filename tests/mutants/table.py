@@ -346,6 +346,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("BEHIND_ALL_TEXT = 1 << 20", "BEHIND_ALL_TEXT = 0", "model/test_segments.py, model/test_attention.py"),
     ],
+    "model/backend.py": [
+        ("cast(Any, layer).is_first_microbatch = True", "pass", "benchmarks/test_fake_gpu.py"),
+    ],
     "model/segments.py": [
         (
             "visual_end_T=images_before_T * num_tokens_per_image",
