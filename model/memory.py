@@ -142,11 +142,18 @@ def encoder_bytes(vision: VisionConfig) -> int:
 
 
 def peak_bytes(
-    model: ModelConfig, phase: Phase, compute: ComputeConfig, pack: PackSize, moments: str, num_replicas: int
+    model: ModelConfig,
+    phase: Phase,
+    compute: ComputeConfig,
+    pack: PackSize,
+    moments: str,
+    num_replicas: int,
+    reduce_in_bf16: bool = False,
 ) -> int:
     """Returns the most that a step holds on one device that has the whole model, with its encoder."""
     activations = activation_bytes(model, phase, compute, pack).peak(model.num_layers)
-    return resident_bytes(model, phase, compute, moments, num_replicas) + encoder_bytes(model.vision) + activations
+    resident = resident_bytes(model, phase, compute, moments, num_replicas, reduce_in_bf16)
+    return resident + encoder_bytes(model.vision) + activations
 
 
 def resident_bytes(

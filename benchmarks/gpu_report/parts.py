@@ -160,7 +160,8 @@ def step(work: Work, stage: str, precision: str) -> None:
         pack = batches[0].micro_batches[0].pack
         num_gathered_keys = len(pack.segments.key_indices)
         size = PackSize(len(pack.positions_T), len(pack.visual_positions_I), pack.num_targets, num_gathered_keys)
-        expected = peak_bytes(config.model, config.phase, config.compute, size, config.optim.moments, num_replicas=1)
+        settings = config.optim.moments, 1, config.parallel.reduce_in_bf16
+        expected = peak_bytes(config.model, config.phase, config.compute, size, *settings)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         work.record(what="peak memory, allocated", value=allocated / GB, unit="GB", expected=expected / GB)
         work.record(what="peak memory, reserved", value=reserved / GB, unit="GB")

@@ -22,7 +22,8 @@ def test_the_largest_pack_of_a_recipe_leaves_a_tenth_of_the_memory_free(recipe, 
         overrides = FP8[:1]  # and refuses the other
     config = load_config(recipe, overrides)
     pack = largest_pack(config.model, config.data.max_text_tokens_per_pack, config.data.max_images_per_pack)
-    peak = peak_bytes(config.model, config.phase, config.compute, pack, config.optim.moments, GPUS)
+    in_bf16 = config.parallel.reduce_in_bf16
+    peak = peak_bytes(config.model, config.phase, config.compute, pack, config.optim.moments, GPUS, in_bf16)
     assert peak <= 0.9 * USABLE_BYTES
 
 
