@@ -9,18 +9,17 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from common.console import count_text
-from common.files import whole_file, write_whole
+from common.files import write_whole
 from common.pages import image_url, render_page
+from common.plots import COLORS, LEGEND, Panel, drawn
 from pipeline.evaluation.questions import Answer, EvaluationResult
 
-STAGES = (("Stage 1: one shared projector", "#2a6fb0"), ("Stage 2: all projectors and the LLM", "#b0442a"))
+STAGES = ("Stage 1: one shared projector", "Stage 2: all projectors and the LLM")
 MIN_PICTURE_PIXELS = 160
 """Smaller pictures are enlarged by a whole factor, their pixels kept sharp."""
 
@@ -33,13 +32,9 @@ def write_loss_curve(stage1: Sequence[dict], stage2: Sequence[dict], out: Path) 
         stage2: The same.
         out: File to write.
     """
-    figure = Figure(figsize=(10, 3.6), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, color), metrics in zip(figure.subplots(1, 2), STAGES, (stage1, stage2), strict=True):
-        _draw_loss(axes, title, color, metrics)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as file:
-        figure.savefig(file, format="png")
+    with drawn(out, *(Panel(title, "step", "loss") for title in STAGES)) as panels:
+        for axes, color, metrics in zip(panels, COLORS, (stage1, stage2), strict=False):
+            _draw_loss(axes, color, metrics)
 
 
 def running_mean(values: Sequence[float], half_life: float) -> list[float]:
@@ -141,14 +136,8 @@ def _scores(seeing: EvaluationResult, blind: EvaluationResult) -> Iterable[tuple
     yield "all", seeing.accuracy, blind.accuracy
 
 
-def _draw_loss(axes: Axes, title: str, color: str, metrics: Sequence[dict]) -> None:
+def _draw_loss(axes: Axes, color: str, metrics: Sequence[dict]) -> None:
     steps, losses = [row["step"] for row in metrics], [row["loss"] for row in metrics]
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if not metrics:
         return
     axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.9, label="each step")
@@ -159,7 +148,7 @@ def _draw_loss(axes: Axes, title: str, color: str, metrics: Sequence[dict]) -> N
     axes.annotate(
         f"{means[-1]:.3g}", (steps[-1], means[-1]), (-4, 8), textcoords="offset points", ha="right", color=color
     )
-    axes.legend(frameon=False, fontsize=9, loc="center right")
+    axes.legend(**LEGEND, loc="center right")
 
 
 def _picture(file: Path) -> str:
