@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from common.files import whole_file
 
-COLORS = ("#2a6fb0", "#b0442a", "#3f8f5b", "#8159a8", "#8c8c8c")
+COLORS = ("#2a6fb0", "#b0442a", "#4a8f3c", "#8257a8", "#b8860b", "#3d8f8f", "#7a7a7a", "#c2577f")
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 PIXELS_PER_INCH = 144
 

@@ -537,6 +537,19 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "model/test_flops.py",
         ),
     ],
+    "model/paper_flops.py": [
+        ("num_visual * sizes.h * sizes.k\n", "num_visual * sizes.h**2\n", "model/test_paper_flops.py"),
+        ("2 * num_text * (num_visual + num_text)", "2 * num_text * num_text", "model/test_paper_flops.py"),
+        ("+ 6 * resampler", "+ resampler", "model/test_paper_flops.py"),
+    ],
+    "pipeline/paper_tables.py": [
+        ('return None, ""\n', "pass\n", "pipeline/test_paper_tables.py"),
+        (
+            "replace(sizes, k_text=sizes.h)",
+            "replace(sizes, k_text=sizes.h, d=PAPER_WIDTH)",
+            "pipeline/test_paper_tables.py",
+        ),
+    ],
     "data_prep/plan.py": [
         ("and total + size > shard_bytes", "and total > shard_bytes", PLAN),
         ("start, total = position, 0", "start, total = position, size", PLAN),
