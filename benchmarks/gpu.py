@@ -139,7 +139,7 @@ def compare_with_llava(
     model: ModelConfig, compute: ComputeConfig, sizes: tuple[int, int, int], device: torch.device, rounds: int
 ) -> list[Figure]:
     """Returns what a layer costs as SAISA and as LLaVA, for `sizes` samples, text tokens and images of each."""
-    pack = even_pack(*sizes, model.vision.num_tokens)
+    pack = even_pack(*sizes, model.num_tokens_per_image)
     models = {name: model.model_copy(update={"architecture": name}) for name in ("saisa", "llava")}
     seconds = time_together(
         {name: layer_pass(model, compute, pack, device) for name, model in models.items()}, device, rounds
@@ -176,7 +176,7 @@ def compare_kernels(
     model: ModelConfig, dtype: torch.dtype, sizes: tuple[int, int, int], device: torch.device, rounds: int
 ) -> list[Figure]:
     """Returns how much faster than dense masks each kernel is that can run here."""
-    pack = even_pack(*sizes, model.vision.num_tokens)
+    pack = even_pack(*sizes, model.num_tokens_per_image)
     kernels = []
     for kernel in sorted(installed_kernels()):
         try:
@@ -213,7 +213,7 @@ def compare_precisions(
 ) -> list[Figure]:
     """Returns how much faster than in bf16 a SAISA layer is in FP8, with every recipe that can run here."""
     computes = low_precisions()
-    pack = even_pack(*sizes, model.vision.num_tokens)
+    pack = even_pack(*sizes, model.num_tokens_per_image)
     passes = {name: layer_pass(model, compute, pack, device) for name, compute in computes.items()}
     seconds = time_together(passes, device, rounds)
     return [
@@ -250,9 +250,8 @@ def model_pass(model: ModelConfig, compute: ComputeConfig, phase: Phase, pack: P
     groups = ProcessGroupCollection.use_mpu_process_groups()
     saisa = SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared, compute.attention)
     freeze(random_weights(saisa, device), phase)
-    features_IC = torch.randn(
-        len(pack.visual_positions_I), model.vision.hidden_size, device=device, dtype=compute_dtype(compute)
-    )
+    num_features = pack.num_images * model.vision.num_tokens + pack.num_visual_padding
+    features_IC = torch.randn(num_features, model.vision.hidden_size, device=device, dtype=compute_dtype(compute))
     placed = pack.to(device)
 
     def once() -> None:
@@ -273,10 +272,10 @@ def utilization(
 ) -> list[Figure]:
     """Returns the model FLOPs a second of both stages, and their fraction of the chip's peak where it is known."""
     num_samples, num_text, num_images = sizes
-    pack = even_pack(*sizes, model.vision.num_tokens)
+    pack = even_pack(*sizes, model.num_tokens_per_image)
     figures, stages = [], cast(tuple[Phase, ...], ("pretrain", "finetune"))
     for phase in stages:
-        flops = num_samples * training_flops(model, phase, num_text, num_images * model.vision.num_tokens, num_text)
+        flops = num_samples * training_flops(model, phase, num_text, num_images * model.num_tokens_per_image, num_text)
         passes = {name: model_pass(model, compute, phase, pack, device) for name, compute in computes.items()}
         for name, times in time_together(passes, device, rounds).items():
             tflops, what = flops / median(times) / 1e12, f"{model.num_layers} layers, {phase}, {name}"

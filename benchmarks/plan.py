@@ -73,7 +73,7 @@ def main(
     """Measure the plan of an epoch."""
     changes = ["train.num_epochs=40", "train.global_batch_size=128", f"data.row_multiple={ROW_MULTIPLE}"]
     config = load_config(CONFIG, changes)
-    table = lengths(NUM_SAMPLES, config.model.vision.num_tokens, config.data.max_positions)
+    table = lengths(NUM_SAMPLES, config.model.num_tokens_per_image, config.data.max_positions)
     sources = [Source(tuple(len(part) for part in np.array_split(np.arange(NUM_SAMPLES), NUM_SHARDS)))]
     one_epoch = load_config(CONFIG, [*changes, "train.num_epochs=1"])
     found = plan_epoch(Schedule(one_epoch, sources, table, NUM_RANKS))

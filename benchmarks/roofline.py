@@ -210,7 +210,7 @@ def model_flops(config: RunConfig, load: Load) -> tuple[float, float]:
     """Returns a process's part of a step's FLOPs: the model's alone, and with those of an encoder such as CLIP's."""
     vision, num_processes = config.model.vision, config.parallel.tp * config.parallel.pp
     num_samples = load.num_packs * load.num_samples / num_processes  # all processes of a replica have its packs
-    sizes = load.num_text, load.num_images * vision.num_tokens, load.num_targets
+    sizes = load.num_text, load.num_images * config.model.num_tokens_per_image, load.num_targets
     model = num_samples * training_flops(config.model, config.phase, *sizes)
     images = num_samples * load.num_images
     return model, model + images * encoder_forward_flops(vision, vision.usual_ffn_hidden_size)

@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.hf.family_saisa import Architecture, LayerKind, layer_kinds
 
+ProjectorKind = Literal["mlp", "linear", "resampler"]
+RESAMPLER_TOKENS = 256
 Phase = Literal["pretrain", "finetune"]
 """Of training: stage 1 or stage 2 of the paper (a stage without more words is one of the pipeline)."""
 FAMILY = ("architecture", "block_size", "frozen_layers")
 """Settings of a model that say what becomes of visual tokens."""
+PROJECTOR = ("projector", "resampler_tokens")
+"""Those that say what a projector is."""
 FP8_ROWS = 32  # what every recipe takes in training; 16 would do for most
 WEIGHT_RECIPES = ("tensorwise", "blockwise")  # whose weights can be kept in 8 bits alone
 BLOCK_ROWS = 128  # what each process needs to send rows in 8 bits whose blocks have scales of their own
@@ -36,7 +40,7 @@ class VisionConfig(Section):
 
     @property
     def num_tokens(self) -> int:
-        """Visual tokens an image becomes (the class token is dropped)."""
+        """Features of an image (the class token is dropped), of which a projector makes visual tokens."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -72,13 +76,19 @@ class ModelConfig(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
     qkv_bias: bool = False
     tie_embeddings: bool = False
-    projector: Literal["mlp", "linear"] = Field(default="mlp", description="table 7 of the paper compares the two")
+    projector: ProjectorKind = Field(default="mlp", description="table 7 of the paper compares the three")
+    resampler_tokens: int = Field(default=RESAMPLER_TOKENS, gt=0, description="resampler: visual tokens of an image")
     vision: VisionConfig
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
         """What each layer does with visual tokens."""
         return layer_kinds(self.architecture, self.num_layers, self.frozen_layers, self.block_size)
+
+    @property
+    def num_tokens_per_image(self) -> int:
+        """Visual tokens that an image is in a sequence; a projector may make fewer than the encoder has."""
+        return self.resampler_tokens if self.projector == "resampler" else self.vision.num_tokens
 
     @property
     def num_own_projectors(self) -> int:
@@ -95,6 +105,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.block_size={self.block_size} is for model.architecture=saisa, whose layers have projectors; "
                 f"{self.architecture} has one, in front: remove it"
+            )
+        if self.resampler_tokens != RESAMPLER_TOKENS and self.projector != "resampler":
+            raise ValueError(
+                f"model.resampler_tokens={self.resampler_tokens} is for model.projector=resampler; use that, or remove "
+                f"it: with {self.projector} an image has the encoder's {self.vision.num_tokens} tokens"
             )
         if self.block_size > self.num_layers:
             raise ValueError(f"model.block_size={self.block_size} must be at most model.num_layers={self.num_layers}")
@@ -190,6 +205,7 @@ def model_config_from_hf(config: Any) -> ModelConfig:
         "qkv_bias": config.attention_bias,
         "tie_embeddings": config.tie_word_embeddings,
         "projector": config.projector_type,
+        "resampler_tokens": config.resampler_tokens,
         "architecture": config.architecture,
         "block_size": config.block_size,
         "frozen_layers": tuple(config.frozen_layers),
@@ -212,7 +228,7 @@ def differences(stated: ModelConfig, found: ModelConfig, has_projectors: bool) -
     front, among the architectures that have that.
     """
     is_free = not has_projectors or not (stated.num_own_projectors or found.num_own_projectors)
-    free = {"vision", *(FAMILY if is_free else ()), *(() if has_projectors else ("projector",))}
+    free = {"vision", *(FAMILY if is_free else ()), *(() if has_projectors else PROJECTOR)}
     pairs = [("model", stated, found), ("model.vision", stated.vision, found.vision)]
     return [
         f"{path}.{name}={getattr(ours, name)!r} but the folder has {getattr(theirs, name)!r}"

@@ -18,6 +18,7 @@ import numpy as np
 from model.config import ModelConfig, Phase, VisionConfig
 from model.hf.family_saisa import Update
 from model.parallel import padded_vocab_size
+from model.projectors import projector_plan
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,12 @@ def parameter_counts(model: ModelConfig, phase: Phase) -> ParameterCounts:
 
     Source: the shapes in `model.saisa`; which are trained: arXiv 2502.02458, section 4.
     """
-    d, c = model.hidden_size, model.vision.hidden_size
-    projector = c * d + d + (d * d + d if model.projector == "mlp" else 0)
+    d = model.hidden_size
     queries, keys_values = model.num_attention_heads * model.head_dim, 2 * model.num_query_groups * model.head_dim
     bias = queries + keys_values if model.qkv_bias else 0
     layer = 2 * d + d * (2 * queries + keys_values) + bias + 3 * d * model.ffn_hidden_size
     vocabulary = padded_vocab_size(model) * d
-    projectors = projector * num_projectors(model, phase)
+    projectors = projector_plan(model).num_parameters * num_projectors(model, phase)
     counts = dict(
         projectors=projectors,
         layers=model.num_layers * layer,
@@ -78,8 +78,8 @@ class MatrixProducts[Count: (int, np.ndarray)]:
     """FLOPs of the matrix products of one forward pass, each a multiply and an add: 2 x rows x inputs x outputs.
 
     Attributes:
-        projector_in: C to D, of one projector. Its input is frozen: its backward has no input gradient.
-        projector_out: D to D, of one projector; 0 where the projector is one linear layer.
+        projector_in: products of one projector with frozen features: their backward has no input gradient.
+        projector_out: all other products of one projector.
         linear_q: queries of one layer.
         linear_other: keys and values, attention output and FFN of one layer.
         attention: the scores and the weighted sum of one layer, two products of equal cost.
@@ -102,15 +102,15 @@ def matrix_products[Count: (int, np.ndarray)](
     Source: arXiv 2502.02458, appendix A.2. Visual tokens pay for the projector and for keys and values; the rest is for
     the rows that pass it (`model.hf.family_saisa`). The head, as in `model.saisa`, sees rows with a target only.
     """
-    d, c = model.hidden_size, model.vision.hidden_size
+    d, plan = model.hidden_size, projector_plan(model)
     queries, keys_values = model.num_attention_heads * model.head_dim, 2 * model.num_query_groups * model.head_dim
     num_keys = num_text + num_visual
     num_asking = num_keys if update == "full" else num_text
     num_in_ffn = num_text if update == "none" else num_keys
     ffn = 3 * d * model.ffn_hidden_size
     return MatrixProducts(
-        projector_in=2 * num_visual * c * d,
-        projector_out=2 * num_visual * (d * d if model.projector == "mlp" else 0),
+        projector_in=2 * num_visual * plan.products_in // model.num_tokens_per_image,
+        projector_out=2 * num_visual * plan.products_out // model.num_tokens_per_image,
         linear_q=2 * num_asking * d * queries,
         linear_other=2 * (num_keys * d * keys_values + num_asking * queries * d + num_in_ffn * ffn),
         attention=2 * 2 * num_asking * num_keys * queries,

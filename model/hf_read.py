@@ -31,6 +31,7 @@ NOT_READ = ("special_tokens_map_file", "tokenizer_config_file")
 LARGEST = {
     "num_hidden_layers": 1000,
     "num_labels": 1000,
+    "resampler_tokens": 100_000,
     "image_size": MAX_SIDE,
     "": 10_000_000,
 }
@@ -141,7 +142,7 @@ def check_sizes(folder: Path, raw: dict[str, Any]) -> None:
     """
     for section in _sections(raw):
         for name, value in section.items():
-            is_size = name.startswith(("num_", "max_position")) or name.endswith("_size")
+            is_size = name.startswith(("num_", "max_position")) or name.endswith("_size") or name == "resampler_tokens"
             if is_size and value is not None and not _is_size(value, LARGEST.get(name, LARGEST[""])):
                 raise ValueError(f"{folder / 'config.json'}: {name}={str(value)[:40]} is no size of a model; {WAY_OUT}")
 

@@ -6,6 +6,7 @@ Dims: as in `model.saisa`.
 from collections.abc import Callable
 
 import torch
+from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -13,28 +14,41 @@ from torch.nn.functional import gelu
 from model.attention import Rotary, attention, rotate
 from model.backend import LayerBuilder
 from model.config import ModelConfig
-from model.pack import Pack
+from model.hf.projectors_saisa import Resampler
+from model.pack import Pack, rows_of_pack
 
 
 class Projector(MegatronModule):
-    """Turns vision features into the visual tokens of a layer: Linear, GELU, Linear (or one Linear, table 7)."""
+    """Turns vision features into the visual tokens of a layer; `model.projectors` says of which kinds."""
 
     def __init__(self, builder: LayerBuilder, model: ModelConfig) -> None:
         super().__init__(builder.config)
-        self.tp_group, self.kind = builder.tp_group, model.projector
+        self.tp_group, self.num_features = builder.tp_group, model.vision.num_tokens
         width, hidden = model.vision.hidden_size, model.hidden_size
-        if self.kind == "mlp":  # every rank has all features, so the first layer need not gather rows
+        self.fc1 = self.fc2 = self.linear = self.resampler = None
+        if model.projector == "mlp":  # every rank has all features, so the first layer need not gather rows
             self.fc1 = builder.column_parallel(width, hidden, bias=True, whole_rows=True)
             self.fc2 = builder.row_parallel(hidden, hidden, bias=True)
         else:
             self.linear = builder.row_parallel(width, hidden, bias=True)
+        if model.projector == "resampler":  # whole on every rank, and never in 8 bits
+            self.resampler = Resampler(width, model.num_tokens_per_image, builder.config.params_dtype)
 
-    def forward(self, features_IC: Tensor) -> Tensor:
-        """Returns [I, D]; under sequence parallelism this rank's rows."""
-        if self.kind == "linear":
-            mine = features_IC.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()]
-            return self.linear(mine.contiguous())[0]
-        return self.fc2(gelu(self.fc1(features_IC)[0]))[0]
+    def forward(self, features_IC: Tensor, num_padding: int) -> Tensor:
+        """Returns [I, D]; under sequence parallelism this rank's rows.
+
+        Args:
+            features_IC: a row for each feature of an image; the last `num_padding` rows are padding, and remain.
+            num_padding: rows.
+        """
+        if self.linear is None:
+            assert self.fc1 is not None and self.fc2 is not None
+            return self.fc2(gelu(self.fc1(features_IC)[0]))[0]
+        if self.resampler is not None:
+            num_rows = len(features_IC) - num_padding
+            features_NPC = features_IC[:num_rows].unflatten(0, (num_rows // self.num_features, self.num_features))
+            features_IC = rows_of_pack(self.resampler(features_NPC), num_padding)
+        return self.linear(scatter_to_tensor_model_parallel_region(features_IC, self.tp_group))[0]
 
 
 class NaavitAttention(MegatronModule):
@@ -91,7 +105,7 @@ class SaisaLayer(MegatronModule):
         """
 
         def attend(text_TD: Tensor, visual: Tensor) -> Tensor:
-            visual_ID = visual if self.projector is None else self.projector(visual)
+            visual_ID = visual if self.projector is None else self.projector(visual, pack.num_visual_padding)
             return self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
 
         text_TD = text_TD + self.selectively(attend, text_TD, visual)

@@ -85,9 +85,12 @@ def activation_bytes(
     in_8_bits = layers_in_8_bits(model, compute)
     kept = 1 - in_8_bits / ELEMENT_BYTES  # of a linear layer's input; with edge layers in bf16 the mean of all layers
     c = model.vision.hidden_size
-    is_mlp = model.projector == "mlp"
+    is_mlp, num_features = model.projector == "mlp", i
     inner = i * d // tp * (1 + kept) if is_mlp else 0  # before GELU, and after it the second layer's input
     features = in_8_bits * i * c // (1 if is_mlp else tp)  # those in 16 bits are shared by all layers
+    if model.projector == "resampler":  # normed features, keys, values; what comes out, with the latents, normed
+        num_features = i // model.num_tokens_per_image * model.vision.num_tokens
+        inner = 3 * (num_features + i) * c * e
     projector = features + inner + own_i * d
     linear_inputs = kept * (2 * text_rows + own_i * d) if is_trained else 0  # of queries; of keys and values
     statistics = (2 * own_t + own_i + t * model.num_attention_heads // tp) * STATISTICS_BYTES
@@ -112,7 +115,7 @@ def activation_bytes(
     }[compute.recompute]
     head_rows = pack.num_targets * d
     return ActivationBytes(
-        shared=int(i * c * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector)),
+        shared=int(num_features * c * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector)),
         layer=int(layer),
         working=int(working) + text_rows,  # the gradient that comes from behind
         head=text_rows
@@ -131,7 +134,7 @@ def layers_in_8_bits(model: ModelConfig, compute: ComputeConfig) -> float:
 
 def largest_pack(model: ModelConfig, max_text_tokens: int, max_images: int) -> PackSize:
     """Returns the pack that holds the most within its budgets, of samples with one image each behind their text."""
-    num_visual = max_images * model.vision.num_tokens
+    num_visual = max_images * model.num_tokens_per_image
     return PackSize(max_text_tokens, num_visual, max_text_tokens, num_visual + 2 * max_text_tokens)
 
 

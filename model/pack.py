@@ -203,3 +203,13 @@ class InOrder(NamedTuple):
         segments = replace(pack.segments, **{name: moved[name] for name in names})
         vars(there).update(on_cpu=pack, segments=segments)
         return InOrder(moved["rows"], moved["slots"], there)
+
+
+def rows_of_pack(features_NPC: Tensor, num_padding: int) -> Tensor:
+    """Returns the visual rows [I, C] of a pack: those of its images, and padding that repeats one of them.
+
+    A repeated row cannot widen the range of numbers that 8-bit scaling sees; a pack without images has zeros.
+    """
+    rows_IC = features_NPC.flatten(0, 1)
+    last = rows_IC[-1:] if len(rows_IC) else rows_IC.new_zeros(1, rows_IC.shape[-1])
+    return torch.cat([rows_IC, last.expand(num_padding, -1)])

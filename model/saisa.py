@@ -120,7 +120,7 @@ class SaisaModel(MegatronModule):
             self.config.apply_rope_fusion,
         )
         with self.builder.fp8_of_all():
-            features = features_IC if self.shared_projector is None else self._project_once(features_IC)
+            features = features_IC if self.shared_projector is None else self._project_once(features_IC, pack)
             if visual is None:
                 visual = features
             elif self.shared_projector is not None:
@@ -205,15 +205,16 @@ class SaisaModel(MegatronModule):
         """Whether there is a layer that takes its visual tokens from the one below."""
         return layer < self.model.num_layers and not self.model.layers[layer].is_projected
 
-    def _project_once(self, features_IC: Tensor) -> Tensor:
+    def _project_once(self, features_IC: Tensor, pack: Pack) -> Tensor:
         """Returns the visual tokens [I, D] of the projector that all stages have; on one that takes no features none.
 
         These still give it a part in the stage's result, and every parameter a gradient.
         """
-        features_IC = features_IC if self.takes_features else features_IC[:0]
         assert self.shared_projector is not None
+        num_padding = pack.num_visual_padding if self.takes_features else 0
+        features_IC = features_IC if self.takes_features else features_IC[:0]
         with self.builder.fp8_of_layer(self.model.num_layers // 2):  # on every stage the same, and no edge layer
-            return self.shared_projector(features_IC)
+            return self.shared_projector(features_IC, num_padding)
 
 
 def mark_as_shared_by_stages(parameter: torch.nn.Parameter, is_first: bool) -> None:

@@ -49,7 +49,7 @@ class UpdatingLayer(SaisaLayer):
         def attend(text_TD: Tensor, visual_ID: Tensor) -> Tensor:
             return self.attention(self.input_norm(text_TD), self.input_norm(visual_ID), pack, rotary_S1H)
 
-        visual_ID = visual if self.projector is None else self.projector(visual)
+        visual_ID = visual if self.projector is None else self.projector(visual, pack.num_visual_padding)
         attended = self.selectively(attend, text_TD, visual_ID)
         if isinstance(self.attention, CausalAttention):
             rows_SD = torch.cat([visual_ID, text_TD]) + attended

@@ -90,13 +90,3 @@ def encode_together(
         torch.distributed.all_gather_into_tensor(all_BPC, mine_BPC.contiguous(), group=group)
         windows.append(all_BPC.unflatten(0, (size, length)).transpose(0, 1).flatten(0, 1))
     return torch.cat(windows)[:num_images]
-
-
-def rows_of_pack(features_BPC: Tensor, num_padding: int) -> Tensor:
-    """Returns the visual rows [I, C] of a pack: its images, and padding that repeats a row it has.
-
-    A repeated row cannot widen the range of numbers that 8-bit scaling sees; a pack without images has zeros.
-    """
-    rows_IC = features_BPC.flatten(0, 1)
-    last = rows_IC[-1:] if len(rows_IC) else rows_IC.new_zeros(1, rows_IC.shape[-1])
-    return torch.cat([rows_IC, last.expand(num_padding, -1)])

@@ -24,6 +24,7 @@ from torch import Tensor
 from common.console import count_text
 from model.config import ModelConfig
 from model.hf_read import files_in_index, read_safetensors_file
+from model.projectors import projector_plan
 
 SHARED = "shared_projector."
 GATED = "mlp.linear_fc1.weight"  # gates, then ups: each tensor-parallel rank has a part of both
@@ -108,8 +109,7 @@ def name_table(model: ModelConfig, num_image_rows: int = 0) -> list[Entry]:
 
 def projector_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     """Returns the entries of one projector under the given name prefixes."""
-    names = {"mlp": [("fc1.", "0."), ("fc2.", "2.")], "linear": [("linear.", "")]}[model.projector]
-    return [Entry(f"{ours}{a}{kind}", (f"{theirs}{b}{kind}",)) for a, b in names for kind in ("weight", "bias")]
+    return [Entry(ours + weight.ours, (theirs + weight.theirs,)) for weight in projector_plan(model).weights]
 
 
 def spread_shared_projector(state: dict[str, Tensor], model: ModelConfig) -> Iterator[Named]:
@@ -126,15 +126,16 @@ def spread_shared_projector(state: dict[str, Tensor], model: ModelConfig) -> Ite
 def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Named]:
     """Yields the parameters of one new projector, the same on every machine and at any parallelism.
 
-    Source: `torch.nn.Linear`'s own initialisation, uniform within 1 / sqrt(input features), as LLaVA leaves it.
+    Source: `torch.nn.Linear`'s own initialisation, uniform within 1 / sqrt(input features), as LLaVA leaves it; latents
+    are normal, as OpenFlamingo's.
     """
     generator = torch.Generator().manual_seed(seed)
-    width, hidden = model.vision.hidden_size, model.hidden_size
-    layers = {"mlp": [("fc1.", width), ("fc2.", hidden)], "linear": [("linear.", width)]}
-    for name, fan_in in layers[model.projector]:
-        bound = 1 / math.sqrt(fan_in)
-        yield f"{prefix}{name}weight", torch.empty(hidden, fan_in).uniform_(-bound, bound, generator=generator)
-        yield f"{prefix}{name}bias", torch.empty(hidden).uniform_(-bound, bound, generator=generator)
+    for weight in projector_plan(model).weights:
+        if weight.fan_in:
+            bound = 1 / math.sqrt(weight.fan_in)
+            yield prefix + weight.ours, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+        else:
+            yield prefix + weight.ours, torch.empty(weight.shape).normal_(generator=generator)
 
 
 def from_hf(tensors: Iterable[Named], table: list[Entry]) -> Iterator[Named]:

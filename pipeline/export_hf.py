@@ -49,7 +49,7 @@ def described(base: Path, model: ModelConfig) -> SaisaConfig:
     config = load_config(base)
     for name in FAMILY:
         setattr(config, name, getattr(model, name))
-    config.projector_type = model.projector
+    config.projector_type, config.resampler_tokens = model.projector, model.resampler_tokens
     return config
 
 

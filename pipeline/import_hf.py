@@ -5,16 +5,17 @@ python -m pipeline.import_hf --release saisa-vicuna-7b --vision clip-vit-large-p
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from typer import Option
 
 from common.console import UsageError, count_text, run
+from model.config import ProjectorKind
 from model.hf_check import check_new_folder
 from pipeline.data.templates import TEMPLATES, chat_template, end_of_answer
 
 DTYPES = ("float32", "float16", "bfloat16")
-PROJECTORS = ("mlp", "linear")
+PROJECTORS = get_args(ProjectorKind)
 
 
 def main(
@@ -23,7 +24,7 @@ def main(
     llm: Annotated[Path | None, Option(help="folder of a Llama, Vicuna, Llama-3, Mistral or Qwen2 model")] = None,
     release: Annotated[Path | None, Option(help="folder of a checkpoint in the layout of the authors' release")] = None,
     template: Annotated[str, Option(help=f"conversation template: {', '.join(TEMPLATES)}")] = "v1",
-    projector: Annotated[str, Option(help="mlp or linear (--llm)")] = "mlp",
+    projector: Annotated[str, Option(help=f"{', '.join(PROJECTORS)} (--llm)")] = "mlp",
     select_layer: Annotated[int, Option(help="hidden state of the encoder that the projectors read (--llm)")] = -2,
     image_aspect_ratio: Annotated[str, Option(help="pad or square (--llm)")] = "pad",
     max_positions: Annotated[int | None, Option(help="use the language model up to so many positions only")] = None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.distributed import ProcessGroup
 
 from model import hf_read
-from model.config import ModelConfig, model_config_from_hf
+from model.config import PROJECTOR, ModelConfig, model_config_from_hf
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf_read import load_config
 from model.saisa import SaisaModel
@@ -75,7 +75,7 @@ def _projectors(config: RunConfig) -> Iterator[Named]:
             f"init.projector={source}: holds a finetune, not a stage 1 run; export it and use it as init.base"
         )
     was, now = info["run"].get("model", {}), config.model.model_dump(mode="json")
-    names = [name for name in ("architecture", "block_size", "projector") if was.get(name) != now[name]]
+    names = [name for name in ("architecture", "block_size", *PROJECTOR) if was.get(name) != now[name]]
     if names:
         told = "; ".join(f"model.{name} was {was.get(name)!r}, is {now[name]!r}" for name in names)
         raise ValueError(f"init.projector={source}: is of another model: {told}; run stage 1 with these settings")

@@ -147,7 +147,7 @@ def layers_per_stage(config: RunConfig, table: LengthTable) -> Sequence[int]:
     if parallel.layers_per_stage is not None:
         return parallel.layers_per_stage
     text, images, targets = (round(table.column(n).mean()) for n in ("num_text", "num_images", "num_targets"))
-    layers, head = stage_costs(model, config.phase, text, images * model.vision.num_tokens, targets)
+    layers, head = stage_costs(model, config.phase, text, images * model.num_tokens_per_image, targets)
     return split_layers(layers, head, parallel.num_stages)
 
 

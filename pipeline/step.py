@@ -13,9 +13,9 @@ from torch import Tensor
 
 from common.console import count_text
 from model.compute import compute_dtype
-from model.pack import Pack
+from model.pack import Pack, rows_of_pack
 from model.transfer import read_values
-from model.vision import encode_together, rows_of_pack
+from model.vision import encode_together
 from pipeline.bad_samples import check_bad_samples, gather_bad_samples, leave_out
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import GlobalBatch

@@ -24,7 +24,7 @@ def build_load(config: RunConfig, packs: int, samples: int | None, text: int, im
     Raises:
         UsageError: A run makes no such samples, or no such packs of them.
     """
-    data, positions = config.data, text + images * config.model.vision.num_tokens
+    data, positions = config.data, text + images * config.model.num_tokens_per_image
     if positions > data.max_positions:
         raise UsageError(
             f"--text {text} and --images {images} make {positions:,} positions, and a run cuts samples at "

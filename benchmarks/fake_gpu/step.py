@@ -60,7 +60,7 @@ def trace(case: Case, recorder: Recorder) -> Trace:
 
 def trace_step(config: RunConfig, load: Load, recorder: Recorder, is_resumed: bool = False) -> Trace:
     """Returns the trace of a step, in a process that has joined its world."""
-    packs = [build_pack(load, config.model.vision.num_tokens, config.row_multiple) for _ in range(load.num_packs)]
+    packs = [build_pack(load, config.model.num_tokens_per_image, config.row_multiple) for _ in range(load.num_packs)]
     for pack in packs:
         attention.install(recorder, pack)
     recorder.num_true = packs[0].num_targets
@@ -147,7 +147,7 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
     device, parallel = initialize_distributed(config.parallel), config.parallel
     check_kernels(config, device)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    sizes = (load.num_text, load.num_images * config.model.vision.num_tokens, load.num_targets)
+    sizes = (load.num_text, load.num_images * config.model.num_tokens_per_image, load.num_targets)
     layers, head = stage_costs(config.model, config.phase, *sizes)
     num_layers = parallel.layers_per_stage or split_layers(layers, head, parallel.num_stages)
     stages = build_stages(config, groups, num_layers, device)

@@ -28,7 +28,7 @@ def make_up_weights(state: TrainState, on_cpu: bool) -> None:
 def random_batch(step: int, state: TrainState, load: Load) -> GlobalBatch:
     """Returns one pack of random tokens and images, the same on every machine."""
     generator = torch.Generator().manual_seed(step)
-    pack = build_pack(load, state.config.model.vision.num_tokens, state.config.row_multiple)
+    pack = build_pack(load, state.config.model.num_tokens_per_image, state.config.row_multiple)
     tokens, targets = torch.randint(state.config.model.vocab_size, (2, len(pack.token_ids_T)), generator=generator)
     targets = torch.where(pack.targets_T < 0, pack.targets_T, targets)
     batch = build_batch(step, [replace(pack, token_ids_T=tokens, targets_T=targets)], state)

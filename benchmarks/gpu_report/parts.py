@@ -220,7 +220,7 @@ def backends(work: Work) -> None:
     for one in (sizes, many_images):
         for figure in gpu.compare_kernels(model, compute_dtype(compute), one, device, work.rounds):
             work.record(what=figure.what, value=figure.value, unit=figure.unit)
-    num_rows = sizes[0] * (sizes[1] + model.vision.num_tokens)
+    num_rows = sizes[0] * (sizes[1] + model.num_tokens_per_image)
     figures = gpu.compare_precisions(model, sizes, device, work.rounds)
     for figure in figures + gpu.compare_norms(model, num_rows, device, work.rounds):
         work.record(what=figure.what, value=figure.value, unit=figure.unit)

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 from .family_saisa import ARCHITECTURES, LayerKind, layer_kinds
 
 VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
-PROJECTOR_TYPES = ("mlp", "linear")
+PROJECTOR_TYPES = ("mlp", "linear", "resampler")
 OLDEST_TRANSFORMERS = "4.57.0"
 
 
@@ -25,7 +25,8 @@ class SaisaConfig(PretrainedConfig):
         attention_bias: the query, key and value projections have a bias (Qwen2).
         vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
-        projector_type: "mlp" (Linear, GELU, Linear) or "linear" (table 7 of the paper).
+        projector_type: "mlp" (Linear, GELU, Linear), "linear" or "resampler" (table 7 of the paper).
+        resampler_tokens: visual tokens that a resampler makes of an image.
         architecture: what layers do with visual tokens, see `family_saisa`: "saisa", or one that it is compared with.
         block_size: layers that share one projector and visual input ("saisa").
         frozen_layers: layers that leave visual tokens unchanged ("shortv").
@@ -57,6 +58,7 @@ class SaisaConfig(PretrainedConfig):
         vision_config: PretrainedConfig | dict[str, Any] | None = None,
         vision_select_layer: int = -2,
         projector_type: str = "mlp",
+        resampler_tokens: int = 256,
         architecture: str = "saisa",
         block_size: int = 1,
         frozen_layers: list[int] | tuple[int, ...] = (),
@@ -83,6 +85,7 @@ class SaisaConfig(PretrainedConfig):
         self.vision_config = _vision_config(vision_config)
         self.vision_select_layer = vision_select_layer
         self.projector_type = projector_type
+        self.resampler_tokens = resampler_tokens
         self.architecture = architecture
         self.block_size = block_size
         self.frozen_layers = list(frozen_layers)
@@ -128,7 +131,9 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens of one image: the patches of the encoder's grid (a class token is not one of them)."""
+        """Visual tokens of one image: a resampler's, or the patches of the encoder's grid (without a class token)."""
+        if self.projector_type == "resampler":
+            return self.resampler_tokens
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
 

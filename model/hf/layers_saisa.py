@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_saisa import SaisaConfig
+from .projectors_saisa import build_projector
 
 
 class Slots(NamedTuple):
@@ -191,14 +192,6 @@ class SaisaMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns [B, T, D]."""
         return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
-def build_projector(config: SaisaConfig) -> nn.Module:
-    """Returns MLP_i: features [.., C] to visual tokens [.., D]."""
-    width, hidden = config.vision_config.hidden_size, config.hidden_size
-    if config.projector_type == "linear":
-        return nn.Linear(width, hidden)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
 class SaisaLayer(GradientCheckpointingLayer):

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_saisa import SaisaConfig
 from .generation_saisa import SaisaGenerationMixin
-from .layers_saisa import SaisaRMSNorm, Slots, View, build_projector, rotary_table
+from .layers_saisa import SaisaRMSNorm, Slots, View, rotary_table
+from .projectors_saisa import Resampler, build_projector
 from .updates_saisa import build_layer
 from .vision_saisa import STORED_NAMES, FrozenLinear, VisionTower, stored_name
 
@@ -201,6 +202,8 @@ class SaisaForConditionalGeneration(SaisaGenerationMixin, PreTrainedModel, Gener
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 nn.init.zeros_(bias)
+        if isinstance(module, Resampler):
+            nn.init.normal_(module.latents)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding."""

@@ -212,7 +212,7 @@ class BatchSource(Dataset[GlobalBatch]):
             sample, stored = self._read(number)
             samples.append(sample)
             images += stored
-        v, size = self.config.model.vision.num_tokens, self.config.model.vision.image_size
+        v, size = self.config.model.num_tokens_per_image, self.config.model.vision.image_size
         first = (self.coordinates.mp_rank - num_images_before) % self.coordinates.mp_size
         pixels = [self._decode(image, bad_samples) for image in images[first :: self.coordinates.mp_size]]
         return MicroBatch(
@@ -225,7 +225,7 @@ class BatchSource(Dataset[GlobalBatch]):
         """Returns a sample and the images it keeps."""
         shards, local = self.samples.locate(number)
         (record, members), data = shards.sample(local), self.config.data
-        v = self.config.model.vision.num_tokens
+        v = self.config.model.num_tokens_per_image
         name = f"{shards.location}: record {record['id']} (index {record['source_index']})"
         sample = build_sample(record, data.template, self.tokenizer, v, data.max_positions, data.special_tokens)
         try:
@@ -275,7 +275,7 @@ def open_shards(config: RunConfig) -> "list[ShardSet]":
 def load_table(config: RunConfig, sets: "Sequence[ShardSet]", console: Console) -> LengthTable:
     """Returns the lengths of all samples of a run, computing what no earlier run has left in the cache."""
     data = config.data
-    v = config.model.vision.num_tokens
+    v = config.model.num_tokens_per_image
     encoding = Encoding(config.init.base, data.template, v, data.max_positions, data.special_tokens)
     return join([length_table(shards, encoding, data.cache, console) for shards in sets])
 

@@ -69,7 +69,8 @@ class Schedule:
         text, images, targets = (
             table.column(name).astype(np.int64) for name in ("num_text", "num_images", "num_targets")
         )
-        self.flops = training_flops(config.model, config.phase, text, images * config.model.vision.num_tokens, targets)
+        visual = images * config.model.num_tokens_per_image
+        self.flops = training_flops(config.model, config.phase, text, visual, targets)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns int64[num_drawn], the samples of an epoch in their order."""
@@ -104,7 +105,7 @@ class Schedule:
             num_truncated_tokens=int(values["cut"].sum()),
             num_text_tokens=sum(rows),
             num_padding_tokens=sum(padded_rows(num_rows, self.config.row_multiple) - num_rows for num_rows in rows),
-            num_visual_tokens=int(values["images"].sum()) * self.config.model.vision.num_tokens,
+            num_visual_tokens=int(values["images"].sum()) * self.config.model.num_tokens_per_image,
             num_images=int(values["images"].sum()),
             training_flops=sum(flops),
             imbalance_fraction=imbalance(ranks, flops),

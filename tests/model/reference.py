@@ -53,9 +53,29 @@ def reference_logits(
         pairs = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn[:, None, :]
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
+    def standard(x: Tensor) -> Tensor:
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return (x - mean) / torch.sqrt(variance + 1e-5)
+
+    def resampled(latents: Tensor, image: Tensor, name: str) -> Tensor:
+        size = latents.shape[1]
+        heads = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(size // 64, 1))
+        queries = apply(standard(latents), f"{name}.query").chunk(heads, dim=1)
+        keys = apply(standard(image), f"{name}.key").chunk(heads, dim=1)
+        values = apply(standard(image), f"{name}.value").chunk(heads, dim=1)
+        gathered = [
+            (q @ k.T / math.sqrt(size / heads)).softmax(-1) @ v for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        return latents + apply(torch.cat(gathered, dim=1), f"{name}.output")
+
     def project(name: str) -> Tensor:
         if model.projector == "mlp":
             return apply(gelu(apply(features, f"{name}.0")), f"{name}.2")
+        if model.projector == "resampler":
+            images = features.split(model.vision.num_tokens) if len(features) else []
+            latents = weights[f"{name}.0.latents"]
+            tokens = [apply(standard(resampled(latents, image, f"{name}.0")), f"{name}.1") for image in images]
+            return torch.cat([features.new_zeros(0, model.hidden_size), *tokens])
         return apply(features, name)
 
     key_positions = torch.cat([visual_positions, positions])

@@ -10,6 +10,7 @@ from model.hf.family_saisa import LayerKind, Update
 from model.weights import from_hf, load_parameters, name_table, to_hf
 from tests.model.test_saisa import (
     LAYOUTS,
+    RESAMPLER,
     assert_equal_to_rounding,
     build,
     gradient,
@@ -38,6 +39,8 @@ FAMILY: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
 VARIANTS = [(name, {}) for name in FAMILY] + [
     ("llava", {"num_query_groups": 1, "qkv_bias": True, "projector": "linear"}),
     ("naavit", {"projector": "linear", "tie_embeddings": True}),
+    ("llava", RESAMPLER),
+    ("blocks of 2", RESAMPLER),
 ]
 
 
@@ -97,6 +100,7 @@ def test_what_nothing_reads_is_not_computed():
         ({"architecture": "llava", "block_size": 2}, "model.block_size=2 is for model.architecture=saisa"),
         ({"architecture": "saisa", "block_size": 4}, "model.block_size=4 must be at most model.num_layers=3"),
         ({"architecture": "naavit", "frozen_layers": (1,)}, r"frozen_layers=\[1\] is for model.architecture=shortv"),
+        ({"resampler_tokens": 8}, "resampler_tokens=8 is for model.projector=resampler; .* the encoder's 4 tokens"),
         ({"architecture": "shortv"}, "shortv needs model.frozen_layers; without any it is llava"),
         ({"architecture": "shortv", "frozen_layers": (1, 3)}, "must be numbers from 0 to 2, each once and in order"),
         ({"architecture": "shortv", "frozen_layers": (1, 0)}, "must be numbers from 0 to 2, each once and in order"),

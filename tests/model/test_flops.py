@@ -23,16 +23,17 @@ from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from pipeline.optimizer import freeze
 from tests.model.reference import reference_logits
-from tests.model.test_saisa import LAYOUTS, V, random_pack, random_weights, tiny
+from tests.model.test_saisa import LAYOUTS, RESAMPLER, V, random_pack, random_weights, tiny
 
 PHASES = ["pretrain", "finetune"]
-SIZES = [{}, {"num_query_groups": 1}, {"projector": "linear"}, {"qkv_bias": True}, {"tie_embeddings": True}]
+SIZES = [{}, {"num_query_groups": 1}, {"projector": "linear"}, RESAMPLER, {"qkv_bias": True}, {"tie_embeddings": True}]
 FAMILY = [
     {"architecture": "llava"},
     {"architecture": "naavit", "projector": "linear"},
     {"architecture": "shortv", "frozen_layers": (0,)},
     {"architecture": "shortv", "frozen_layers": (1, 2)},
     {"block_size": 2},
+    {"block_size": 2} | RESAMPLER,
 ]
 
 
@@ -83,13 +84,18 @@ def test_training_flops_equal_those_of_the_model(phase, changes, megatron):
     text, visual, targets = sample_sizes(pack)
     assert targets.sum() < text.sum()
 
+    # A resampler's queries, the same for all images, are made once a pack and counted for each image.
+    names = [name for name, _ in saisa.named_parameters()]
+    queries = 2 * config.resampler_tokens * config.vision.hidden_size**2
+    repeated = (pack.num_images - 1) * queries * sum(name.endswith("resampler.query.weight") for name in names)
     with torch.no_grad():
-        assert forward_flops(config, text, visual, targets, phase).sum() == counted(lambda: saisa(pack, features))
-    found = counted(lambda: saisa(pack, features).sum().backward())
+        found = counted(lambda: saisa(pack, features)) + repeated
+        assert forward_flops(config, text, visual, targets, phase).sum() == found
+    found = counted(lambda: saisa(pack, features).sum().backward()) + 3 * repeated
     # Megatron-core's own linear layers make the gradient of the frozen features too, which nobody asked for.
     projector_in = 2 * visual.sum() * config.vision.hidden_size * config.hidden_size
     first = ("projector.fc1.weight", "projector.linear.weight")
-    unused = projector_in * sum(name.endswith(first) for name, _ in saisa.named_parameters())
+    unused = 0 if config.projector == "resampler" else projector_in * sum(name.endswith(first) for name in names)
     assert training_flops(config, phase, text, visual, targets).sum() + unused == found
 
 
@@ -120,6 +126,9 @@ def test_parameters_of_vicuna_7b():
         max_positions=4096,
         vision=vision,
     )
+    resampled = parameter_counts(vicuna.model_copy(update={"projector": "resampler"}), "finetune")
+    one = 4 * 1024 * 1024 + 3 * 1024 + 256 * 1024 + 1024 * 4096 + 4096  # attention, latents, linear layer
+    assert resampled.projectors == 32 * one == 277_053_440
     counts = parameter_counts(vicuna, "finetune")
     assert counts.total - counts.projectors == 6_738_415_616  # what Hugging Face reports for Llama-2-7B
     assert counts.projectors == 32 * parameter_counts(vicuna, "pretrain").num_trained == 32 * 20_979_712

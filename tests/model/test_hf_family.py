@@ -10,15 +10,26 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.vision_saisa import stored_name
 from tests.hf_compat.tiny import SIZES, VISION, VOCAB
-from tests.model.hf_models import GREEDY, IMAGE, NUM_IMAGES, ROWS, all_pixels, batch, build, own_pixels, reference
+from tests.model.hf_models import GREEDY, IMAGE, NUM_IMAGES, ROWS, V, all_pixels, batch, build, own_pixels, reference
 
 NUM_LAYERS = SIZES["num_hidden_layers"]
+# Visual tokens as in `ROWS`, of four times as many features
+RESAMPLER = {
+    "projector_type": "resampler",
+    "resampler_tokens": V,
+    "vision_config": VISION | {"model_type": "clip_vision_model", "patch_size": 7},
+}
 FAMILY: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "llava": ({"architecture": "llava"}, [("below", "all")] * NUM_LAYERS),
     "naavit": ({"architecture": "naavit"}, [("below", "ffn")] * NUM_LAYERS),
     "shortv": (
         {"architecture": "shortv", "frozen_layers": [1]},
         [("below", "nothing" if layer == 1 else "all") for layer in range(NUM_LAYERS)],
+    ),
+    "resampler": (RESAMPLER, [("features", "nothing")] * NUM_LAYERS),
+    "resampled blocks": (
+        {"block_size": 2} | RESAMPLER,
+        [("below" if layer % 2 else "features", "ffn") for layer in range(NUM_LAYERS)],
     ),
     "blocks": (
         {"block_size": 2},

@@ -323,6 +323,7 @@ def test_a_whole_file_reads_equal(tmp_path: Path) -> None:
             "quantization_config=.* asks for code of others",
         ),
         ("config.json", {"num_labels": 10**7}, "num_labels=10000000 is no size"),
+        ("config.json", {"resampler_tokens": 10**6}, "resampler_tokens=1000000 is no size"),
         ("config.json", {"vision_config": {"patch_size": 0}}, "patch_size=0: Input should be greater than 0"),
         ("config.json", {"vision_config": {"patch_size": 10**7}}, r"\[16, 3, 14, 14\], by config.json it is of shape"),
         ("config.json", {"vision_config": {"image_size": 10**6}}, "image_size=1000000 is no size"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.compute import build_transformer_config
 from model.config import ComputeConfig, ModelConfig, VisionConfig
-from model.pack import IGNORE_INDEX, Pack
+from model.pack import IGNORE_INDEX, Pack, rows_of_pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from model.weights import from_hf, load_parameters, name_table, to_hf
@@ -21,6 +21,14 @@ V = 4  # visual tokens an image
 TOLERANCE = 1e-4
 # (text tokens before each image..., text tokens after the last): zero, one, several, adjacent and leading images
 LAYOUTS = [(5,), (1, 4), (0, 3), (2, 3, 2), (0, 0, 3), (3, 0, 2, 1)]
+
+
+RESAMPLER = {"projector": "resampler", "resampler_tokens": 3}  # fewer than the features of an image
+
+
+def wide(width: int) -> VisionConfig:
+    """An encoder whose width is that of several heads of a resampler."""
+    return VisionConfig(hidden_size=width, num_layers=2, image_size=16, patch_size=8)
 
 
 def tiny(**changes) -> ModelConfig:
@@ -52,17 +60,23 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
         shapes |= {f"{layer}input_layernorm.weight": (d,), f"{layer}post_attention_layernorm.weight": (d,)}
     owners = [f"model.layers.{i}." for i in range(0, model.num_layers, model.block_size)]
     for owner in owners if model.architecture == "saisa" else ["model."]:
-        projector = {"0": (d, c), "2": (d, d)} if model.projector == "mlp" else {"": (d, c)}
+        projector = {
+            "mlp": {"0": (d, c), "2": (d, d)},
+            "linear": {"": (d, c)},
+            "resampler": {"1": (d, c), **{f"0.{name}": (c, c) for name in ("query", "key", "value", "output")}},
+        }[model.projector]
+        if model.projector == "resampler":
+            shapes[f"{owner}mm_projector.0.latents"] = (model.resampler_tokens, c)
         for part, shape in projector.items():
             prefix = f"{owner}mm_projector.{part}".rstrip(".")
-            shapes |= {f"{prefix}.weight": shape, f"{prefix}.bias": (d,)}
+            shapes |= {f"{prefix}.weight": shape} | ({} if part == "0.key" else {f"{prefix}.bias": shape[:1]})
     return {name: torch.randn(shape, generator=generator) * 0.4 + (len(shape) == 1) for name, shape in shapes.items()}
 
 
 def random_pack(model: ModelConfig, layouts: list[tuple[int, ...]], seed: int = 0) -> tuple[Pack, Tensor]:
     """Samples with the given layouts in one row, and their features."""
     generator = torch.Generator().manual_seed(seed)
-    pack = pack_of(layouts, V)
+    pack = pack_of(layouts, model.num_tokens_per_image)
     num_text = len(pack.positions_T)
     targets = torch.randint(model.vocab_size, (num_text,), generator=generator)
     targets[torch.rand(num_text, generator=generator) < 0.4] = IGNORE_INDEX
@@ -96,10 +110,11 @@ def reference_total(
     total = torch.zeros((), dtype=torch.float64)
     text = visual = image = 0
     for num_text, num_images in zip(pack.text_lengths, pack.image_counts, strict=True):
-        rows, seen = slice(text, text + num_text), slice(visual, visual + num_images * V)
+        rows, seen = slice(text, text + num_text), slice(visual, visual + num_images * V)  # features: V an image
         text, visual = rows.stop, seen.stop
         starts, image = pack.image_positions[image : image + num_images].tolist(), image + num_images
-        visual_positions = torch.tensor([start + i for start in starts for i in range(V)], dtype=torch.long)
+        steps = range(model.num_tokens_per_image)
+        visual_positions = torch.tensor([start + i for start in starts for i in steps], dtype=torch.long)
         positions, tokens = pack.positions_T[rows], pack.token_ids_T[rows]
         visible = features[seen].double()
         logits = reference_logits(weights, model, tokens, positions, visible, visual_positions, rules=rules)
@@ -112,6 +127,8 @@ VARIANTS = [
     {"num_query_groups": 4},
     {"num_query_groups": 1},
     {"projector": "linear"},
+    RESAMPLER,
+    {"projector": "resampler", "resampler_tokens": 5, "vision": wide(128)},
     {"qkv_bias": True},
     {"tie_embeddings": True},
 ]
@@ -163,6 +180,25 @@ def test_the_shared_projector_is_the_same_projector_in_every_layer(megatron):
             assert_equal_to_rounding(gradient(parameter), gradient(theirs), f"{part}.{kind}")
 
 
+def test_a_resampler_keeps_the_rows_of_padding(megatron):
+    model = tiny(**RESAMPLER)
+    saisa = build(model)
+    load_parameters(saisa, from_hf(random_weights(model).items(), name_table(model)))
+    pack, features = random_pack(model, [(2, 3), (0, 2, 4)])
+    expected = saisa(pack, features)
+    padded = replace(
+        pack,
+        token_ids_T=torch.cat([pack.token_ids_T, torch.zeros(1, dtype=torch.long)]),
+        positions_T=torch.cat([pack.positions_T, torch.zeros(1, dtype=torch.long)]),
+        targets_T=torch.cat([pack.targets_T, torch.tensor([IGNORE_INDEX])]),
+        text_lengths=[*pack.text_lengths, 1],
+        image_counts=[*pack.image_counts, 0],
+        num_visual_padding=7,
+    )
+    losses = saisa(padded, rows_of_pack(features[:, None], 7))
+    torch.testing.assert_close(losses, expected)
+
+
 def test_text_before_an_image_and_other_samples_do_not_see_it(megatron):
     model = tiny()
     saisa = build(model)
@@ -174,8 +210,9 @@ def test_text_before_an_image_and_other_samples_do_not_see_it(megatron):
     assert changed == [False, False, True, True, True, False, False, False, False]
 
 
-def test_a_pack_without_images_or_targets_keeps_every_parameter_in_the_graph(megatron):
-    model = tiny()
+@pytest.mark.parametrize("changes", [{}, RESAMPLER], ids=str)
+def test_a_pack_without_images_or_targets_keeps_every_parameter_in_the_graph(changes, megatron):
+    model = tiny(**changes)
     saisa = build(model)
     load_parameters(saisa, from_hf(random_weights(model).items(), name_table(model)))
     pack, features = random_pack(model, [(3,)])

@@ -51,6 +51,7 @@ def losses_and_gradients(changes: dict[str, Any], parallel: ParallelConfig) -> t
         {"num_query_groups": 4},
         {"qkv_bias": True},
         {"projector": "linear"},
+        {"projector": "resampler", "resampler_tokens": 2},
         {"tie_embeddings": True},
         {"architecture": "llava"},
         {"architecture": "naavit", "projector": "linear"},

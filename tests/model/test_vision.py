@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.vision import encode_together, rows_of_pack
+from model.pack import rows_of_pack
+from model.vision import encode_together
 from pipeline.distributed import initialize_distributed, shutdown_distributed
 from tests.processes import run_together
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.weights import Entry, from_hf, load_parameters, name_table, random_projector, spread_shared_projector, to_hf
-from tests.model.test_saisa import random_weights, tiny
+from tests.model.test_saisa import RESAMPLER, random_weights, tiny
 
 
 def test_keys_and_values_interleave_by_group_and_come_back():
@@ -17,7 +17,9 @@ def test_keys_and_values_interleave_by_group_and_come_back():
     assert [part.flatten().tolist() for part in entry.split(joined)] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_embeddings": True}, {"projector": "linear"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True, "tie_embeddings": True}, {"projector": "linear"}, RESAMPLER], ids=str
+)
 def test_every_weight_survives_the_round_trip(changes):
     model = tiny(**changes)
     weights = random_weights(model)

@@ -155,7 +155,7 @@ def encoded_batches(world: World, config: RunConfig) -> list[list[Sample]]:
             states = tower(processor(images, return_tensors="pt").pixel_values, output_hidden_states=True).hidden_states
         return states[-2][:, 1:].flatten(0, 1).double()
 
-    v = config.model.vision.num_tokens
+    v = config.model.num_tokens_per_image
     return [[encode(row, tokenizer, features(row), v) for row in batch] for batch in batches[:NUM_STEPS]]
 
 

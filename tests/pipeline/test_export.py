@@ -40,7 +40,7 @@ def assert_logits_are_those_of(config: RunConfig, exported: Path) -> None:
     state = build(config, initialize_distributed())
     restore_checkpoint(find_checkpoint(config.run_dir), state.run, state.stages, state.optimizer, state.groups)
     (model,) = state.stages
-    num_tokens, image_token = config.model.vision.num_tokens, hf.config.image_token_id
+    num_tokens, image_token = config.model.num_tokens_per_image, hf.config.image_token_id
     for micro_batch in state.source[0].micro_batches:
         pack = micro_batch.pack
         pixels = state.source.image_processor.normalize(micro_batch.pixels_B3HW)

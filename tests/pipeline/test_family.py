@@ -23,6 +23,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "naavit": {"model__architecture": "naavit"},
     "shortv": {"model__architecture": "shortv", "model__frozen_layers": "[0,2]"},
     "blocks": {"model__block_size": 2},
+    "resampler": {"model__projector": "resampler", "model__resampler_tokens": 9},
 }
 
 
@@ -41,6 +42,7 @@ OFTEN = [
     ("llava", "pretrain", "PP2 interleaved"),
     ("llava", "finetune", "TP2 PP2"),
     ("blocks", "finetune", "PP2 interleaved"),
+    ("resampler", "pretrain", "TP2 PP2"),
 ]
 
 

@@ -124,7 +124,7 @@ def test_samples_without_targets_are_counted_and_the_first_is_named(stage2, tmp_
     """At 150 positions (64 of them an image) some answers are cut; the samples themselves say which."""
     short = with_data(stage2, cache=tmp_path, max_positions=150)
     (shards,) = open_shards(short)
-    tokenizer, v = source(stage2).tokenizer, stage2.model.vision.num_tokens
+    tokenizer, v = source(stage2).tokenizer, stage2.model.num_tokens_per_image
     samples = [build_sample(shards.record(n), "v1", tokenizer, v, 150) for n in range(len(shards))]
     idle = [n for n, sample in enumerate(samples) if not (sample.targets != IGNORE_INDEX).any()]
     cut = source(short)
@@ -217,7 +217,7 @@ def test_a_mixture_repeats_and_halves_its_sources(stage2, tmp_path):
 def test_padding_rows_have_no_target_and_stand_alone(stage2):
     found = source(stage2)
     record = the_shards(stage2).record(0)
-    v = stage2.model.vision.num_tokens
+    v = stage2.model.num_tokens_per_image
     sample = build_sample(record, stage2.data.template, found.tokenizer, v, stage2.data.max_positions)
     pack, padded = (build_pack([sample], v, multiple) for multiple in (1, 64))
     num_rows = len(pack.token_ids_T)
