@@ -20,6 +20,7 @@ FREE = {
     *("train.num_epochs", "train.max_steps"),  # told by the number of steps
     *("train.image_batch_size", "train.gc_every_steps"),
     *("compute.attention", "compute.recompute", "compute.fused_kernels", "compute.gradient_accumulation_fusion"),
+    "compute.fp8_weights",
 }
 FREE_SECTIONS = {"parallel", "checkpoint", "log"}
 KEPT = {
