@@ -123,8 +123,8 @@ class SaisaModel(MegatronModule):
             features = features_IC if self.shared_projector is None else self._project_once(features_IC, pack)
             if visual is None:
                 visual = features
-            elif self.shared_projector is not None:
-                visual = torch.cat([visual, features])
+            elif self.shared_projector is not None and not self.takes_features:
+                visual = torch.cat([visual, features])  # no rows
             for number, layer in self.numbered_layers():
                 kind = self.model.layers[number]
                 visual = features if kind.is_projected else visual

@@ -406,6 +406,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "model/saisa.py": [
         ("self._carries(self.stage.layers.stop) else None", "False else None", FAMILY_RUN),
         ("else features_IC[:0]", "else features_IC", FAMILY_RUN),
+        (" and not self.takes_features:", ":", f"{FAMILY_RUNS}[blocks pretrain TP2 PP2]"),
         ("pack.targets_T.index_select(0, pack.target_rows_R)", "pack.targets_T[: len(logits_RV)]", SAISA),
         ('return logits_TV.masked_fill(is_padding_V, float("-inf"))', "return logits_TV", SAISA),
         (".shared = not is_first", ".shared = False", f"{SPLIT}[pretrain-PP2]"),

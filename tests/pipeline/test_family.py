@@ -22,7 +22,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "llava": {"model__architecture": "llava"},
     "naavit": {"model__architecture": "naavit"},
     "shortv": {"model__architecture": "shortv", "model__frozen_layers": "[0,2]"},
-    "blocks": {"model__block_size": 2},
+    "blocks": {"model__block_size": 3},
     "resampler": {"model__projector": "resampler", "model__resampler_tokens": 9},
 }
 
@@ -43,6 +43,7 @@ OFTEN = [
     ("llava", "finetune", "TP2 PP2"),
     ("blocks", "finetune", "PP2 interleaved"),
     ("resampler", "pretrain", "TP2 PP2"),
+    ("blocks", "pretrain", "TP2 PP2"),
 ]
 
 
