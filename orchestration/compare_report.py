@@ -10,18 +10,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from common.console import count_text
-from common.files import whole_file, write_whole
+from common.files import write_whole
 from common.pages import image_url, render_page
+from common.plots import COLORS, LEGEND, Panel, drawn
 
-COLORS = ("#2a6fb0", "#b0442a", "#4a8f3c", "#8257a8", "#b8860b", "#3d8f8f", "#7a7a7a", "#c2577f")
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """What Student's t stays below with 95% if there is no difference, by degrees of freedom; the last from 10 on."""
 Summary = Mapping[str, Mapping[str, Any]]
@@ -146,8 +143,8 @@ def costs(rows: Sequence[Row], baseline: str) -> list[tuple[str, str]]:
 def write_report(summary: Summary, baseline: str, quick: bool, out: Path, console: Console) -> None:
     """Writes the page and the plots, and prints the table."""
     rows = rows_of(summary)
-    _save(_accuracies(rows), out / "accuracy.png")
-    _save(_accuracy_by_flops(rows), out / "flops.png")
+    draw_accuracies(rows, out / "accuracy.png")
+    draw_accuracy_by_flops(rows, out / "flops.png")
     pictures = []
     for name in ("accuracy.png", "flops.png"):
         with Image.open(out / name) as picture:
@@ -197,42 +194,26 @@ def print_table(rows: Sequence[Row], baseline: str, console: Console) -> None:
     console.print(table)
 
 
-def _accuracies(rows: Sequence[Row]) -> Figure:
-    figure, axes = _figure((8, 0.55 * len(rows) + 1.4))
-    for number, (row, color) in enumerate(zip(rows, COLORS, strict=False)):
-        axes.barh(number, row.accuracy, color=color, alpha=0.75, height=0.6)
-        axes.plot(row.accuracies, [number] * len(row.accuracies), "o", color="#222222", markersize=4)
-        axes.plot([row.blind] * 2, [number - 0.3, number + 0.3], color="#222222", linestyle=":")
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("right answers: mean, each seed (dots), with blank pictures (dotted)")
-    return figure
+def draw_accuracies(rows: Sequence[Row], out: Path) -> None:
+    """Writes a PNG of the right answers of each architecture."""
+    panel = Panel("", "right answers: mean, each seed (dots), with blank pictures (dotted)", "")
+    with drawn(out, panel, inches=(8, 0.55 * len(rows) + 1.4)) as (axes,):
+        for number, (row, color) in enumerate(zip(rows, COLORS, strict=False)):
+            axes.barh(number, row.accuracy, color=color, alpha=0.75, height=0.6)
+            axes.plot(row.accuracies, [number] * len(row.accuracies), "o", color="#222222", markersize=4)
+            axes.plot([row.blind] * 2, [number - 0.3, number + 0.3], color="#222222", linestyle=":")
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
 
 
-def _accuracy_by_flops(rows: Sequence[Row]) -> Figure:
-    figure, axes = _figure((8, 4.2))
-    for row, color in zip(rows, COLORS, strict=False):
-        flops = row.prefill_flops / 1e6
-        axes.plot([flops] * 2, [min(row.accuracies), max(row.accuracies)], color=color, alpha=0.6)
-        axes.plot(flops, row.accuracy, "o", color=color, markersize=8, label=row.name)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("10^6 FLOPs to read a prompt with an image, without the encoder")
-    axes.set_ylabel("right answers")
-    axes.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Figure, file: Path) -> None:
-    with whole_file(file) as stream:
-        figure.savefig(stream, format="png")
+def draw_accuracy_by_flops(rows: Sequence[Row], out: Path) -> None:
+    """Writes a PNG of the right answers over what a prompt costs, as figure 1 of the paper."""
+    panel = Panel("", "10^6 FLOPs to read a prompt with an image, without the encoder", "right answers")
+    with drawn(out, panel, inches=(8, 4.2)) as (axes,):
+        for row, color in zip(rows, COLORS, strict=False):
+            flops = row.prefill_flops / 1e6
+            axes.plot([flops] * 2, [min(row.accuracies), max(row.accuracies)], color=color, alpha=0.6)
+            axes.plot(flops, row.accuracy, "o", color=color, markersize=8, label=row.name)
+        axes.set_xlim(left=0)
+        axes.legend(**LEGEND)

@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "naavit": ("model.architecture=naavit",),
     "saisa": (),
     "saisa-linear": ("model.projector=linear",),
+    "saisa-resampler": ("model.projector=resampler", "model.resampler_tokens=28"),  # of 64, as 256 of 576 in the paper
     "saisa-blocks": ("model.block_size=2",),
 }
 """Settings of both stages, by name."""
@@ -172,7 +173,7 @@ def measured(stages: Sequence[RunConfig], accuracy: float, blind_accuracy: float
         num_added=parameter_counts(model, "finetune").projectors,
         training_flops=sum(step["training_flops"] for step in steps),
         training_seconds=round(sum(step["step_seconds"] * (1 - step["data_wait_fraction"]) for step in steps), 2),
-        prefill_flops=int(forward_flops(model, NUM_TEXT, model.vision.num_tokens, 1)),
+        prefill_flops=int(forward_flops(model, NUM_TEXT, model.num_tokens_per_image, 1)),
     )
 
 
