@@ -41,6 +41,7 @@ def hf_config(model: ModelConfig) -> SaisaConfig:
         vision_config=vision,
         vision_select_layer=v.select_layer,
         projector_type=model.projector,
+        resampler_tokens=model.resampler_tokens,
         architecture=model.architecture,
         block_size=model.block_size,
         frozen_layers=model.frozen_layers,
@@ -68,7 +69,7 @@ def count_prefill_flops(model: ModelConfig, num_text: int) -> int:
     """
     with torch.device("meta"):
         built = SaisaForConditionalGeneration(hf_config(model))
-        ids = torch.zeros(1, model.vision.num_tokens + num_text, dtype=torch.long)
+        ids = torch.zeros(1, model.num_tokens_per_image + num_text, dtype=torch.long)
         pixels = torch.zeros(1, 3, 1, 1)
     built.model.vision_tower = _Features(model)  # pyright: ignore[reportAttributeAccessIssue]
     built.model._check_placeholders = lambda *_: None  # there are no ids to look at

@@ -21,6 +21,7 @@ ARCHITECTURES = [
     {"architecture": "llava"},
     {"architecture": "naavit"},
     {"architecture": "shortv", "frozen_layers": (1,)},
+    {"projector": "resampler"},
 ]
 
 
@@ -54,7 +55,7 @@ def test_encoders_have_the_published_number_of_visual_tokens():
 def test_torch_counts_the_same_in_the_hugging_face_model(settings):
     model = load_model("Mistral-7B", SIGLIP).model_copy(update={"num_layers": 3, **settings})
     assert model_config_from_hf(hf_config(model)) == model
-    assert count_prefill_flops(model, 64) == forward_flops(model, 64, 729, 1)
+    assert count_prefill_flops(model, 64) == forward_flops(model, 64, model.num_tokens_per_image, 1)
 
 
 def test_the_command_writes_its_figure_and_its_numbers(tmp_path: Path, monkeypatch):
