@@ -245,7 +245,7 @@ def compare_norms(model: ModelConfig, num_rows: int, device: torch.device, round
 
 def model_pass(model: ModelConfig, compute: ComputeConfig, phase: Phase, pack: Pack, device: torch.device) -> Pass:
     """Returns a forward and backward pass of a whole model with a loss."""
-    shared = phase == "pretrain"
+    shared = model.shares_projector(phase)
     config = build_transformer_config(model, compute, ParallelConfig(), shared)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     saisa = SaisaModel(model, config, groups, Stage(0, 1, range(model.num_layers)), shared, compute.attention)

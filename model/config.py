@@ -78,6 +78,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     projector: ProjectorKind = Field(default="mlp", description="table 7 of the paper compares the three")
     resampler_tokens: int = Field(default=RESAMPLER_TOKENS, gt=0, description="resampler: visual tokens of an image")
+    pretrain_projectors: Literal["shared", "own"] = Field(
+        default="shared", description="what stage 1 trains: one projector for all layers, or each layer's own (saisa)"
+    )
     vision: VisionConfig
 
     @property
@@ -96,8 +99,8 @@ class ModelConfig(Section):
         return sum(kind.is_projected for kind in self.layers)
 
     def shares_projector(self, phase: Phase) -> bool:
-        """Whether one projector outside the layers serves all of them: in stage 1, and where they have none."""
-        return phase == "pretrain" or not self.num_own_projectors
+        """Whether one projector outside the layers serves all: in stage 1 by default, and where none has one."""
+        return (phase == "pretrain" and self.pretrain_projectors == "shared") or not self.num_own_projectors
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -110,6 +113,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.resampler_tokens={self.resampler_tokens} is for model.projector=resampler; use that, or remove "
                 f"it: with {self.projector} an image has the encoder's {self.vision.num_tokens} tokens"
+            )
+        if self.pretrain_projectors == "own" and not self.num_own_projectors:
+            raise ValueError(
+                f"model.pretrain_projectors=own is for layers with projectors, and {self.architecture} has one, in "
+                "front, which both stages train: remove it, or use model.architecture=saisa"
             )
         if self.block_size > self.num_layers:
             raise ValueError(f"model.block_size={self.block_size} must be at most model.num_layers={self.num_layers}")
@@ -228,7 +236,7 @@ def differences(stated: ModelConfig, found: ModelConfig, has_projectors: bool) -
     front, among the architectures that have that.
     """
     is_free = not has_projectors or not (stated.num_own_projectors or found.num_own_projectors)
-    free = {"vision", *(FAMILY if is_free else ()), *(() if has_projectors else PROJECTOR)}
+    free = {"vision", "pretrain_projectors", *(FAMILY if is_free else ()), *(() if has_projectors else PROJECTOR)}
     pairs = [("model", stated, found), ("model.vision", stated.vision, found.vision)]
     return [
         f"{path}.{name}={getattr(ours, name)!r} but the folder has {getattr(theirs, name)!r}"

@@ -46,7 +46,7 @@ class ActivationBytes:
     """Bytes of activations that one pack holds on one device.
 
     Attributes:
-        shared: what all layers share: vision features, rotary angles, in stage 1 the shared projector.
+        shared: what all layers share: vision features, rotary angles, the projector if it is shared.
         layer: what each layer keeps from its forward to its backward pass.
         working: the most that a layer has besides in its backward pass, what is computed again included.
         head: the most that the final norm, the vocabulary and the loss have.
@@ -76,6 +76,7 @@ def activation_bytes(
     """
     parallel = parallel or ParallelConfig()
     tp, parts, e, is_trained = parallel.tp, parallel.num_row_parts, ELEMENT_BYTES, phase == "finetune"
+    is_shared = model.shares_projector(phase)
     d, f = model.hidden_size * e, model.ffn_hidden_size * e // tp
     queries = model.num_attention_heads * model.head_dim * e // tp
     keys = model.num_query_groups * model.head_dim * e // tp
@@ -97,7 +98,7 @@ def activation_bytes(
     flash = 2 * t * queries + 2 * pack.num_gathered_keys * keys
     if is_trained:
         flash += (1 - kept) * t * queries  # the output layer's input
-    attend = (projector if is_trained else 0) + linear_inputs + flash + statistics
+    attend = (0 if is_shared else projector) + linear_inputs + flash + statistics
     ffn = text_rows + 2 * t * f + (kept * (text_rows + t * f) if is_trained else 0)  # residual, up and gate; inputs
 
     # Beside what attention keeps: keys and values as they come, again in order under sequence parallelism, turned keys,
@@ -107,7 +108,7 @@ def activation_bytes(
     # without the second's input, which is not needed by then.
     weight = 0 if compute.gradient_accumulation_fusion else model.hidden_size * f
     ffn_backward = max(t * f + weight, (3 - kept) * t * f) if is_trained else 3 * t * f
-    shared_gradient = 0 if is_trained else own_i * d  # of the visual rows, from the layers behind
+    shared_gradient = own_i * d if is_shared else 0  # of the visual rows, from the layers behind
     layer, working = {
         "none": (text_rows + attend + ffn, max(ffn_backward, attending - ffn)),
         "selective": (text_rows + ffn, max(ffn_backward, attend + attending - ffn + text_rows)),
@@ -115,7 +116,7 @@ def activation_bytes(
     }[compute.recompute]
     head_rows = pack.num_targets * d
     return ActivationBytes(
-        shared=int(num_features * c * e + (t + i) * model.head_dim * 4 + (0 if is_trained else projector)),
+        shared=int(num_features * c * e + (t + i) * model.head_dim * 4 + (projector if is_shared else 0)),
         layer=int(layer),
         working=int(working) + text_rows,  # the gradient that comes from behind
         head=text_rows

@@ -15,7 +15,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from model.config import ModelConfig, Section
+from model.config import ModelConfig, Phase, Section
 
 VOCABULARY_MULTIPLE = 128  # rows of embedding and head, whatever tp is, so that checkpoints fit every topology
 
@@ -127,6 +127,24 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"parallel.pp={parallel.pp}: model.tie_embeddings=true keeps embedding and head in one place; use "
             "parallel.pp=1 and parallel.tp"
         )
+
+
+def check_projectors(model: ModelConfig, phase: Phase, layers_per_stage: Sequence[int]) -> None:
+    """Makes sure that each stage of the pipeline has something to train.
+
+    Raises:
+        ValueError: One has not, because layers of a block share the projector of the first, which stage 1 trains alone.
+    """
+    if phase == "finetune" or model.shares_projector(phase):
+        return
+    for stage, stop in enumerate(accumulate(layers_per_stage)):
+        layers = range(stop - layers_per_stage[stage], stop)
+        if not any(model.layers[layer].is_projected for layer in layers):
+            raise ValueError(
+                f"stage {stage} of the pipeline, layers {layers.start} to {layers.stop - 1}, has no projector, and "
+                f"model.pretrain_projectors=own trains nothing else in stage 1: model.block_size={model.block_size}; "
+                "use a smaller parallel.pp or other parallel.layers_per_stage"
+            )
 
 
 def split_layers(layer_costs: Sequence[float], last_cost: float, num_stages: int) -> list[int]:

@@ -8,13 +8,14 @@
     shared_projector.fc1.weight                 model.mm_projector.0.weight (LLaVA's name)
     ...
 
-In stage 1 a model whose layers have projectors has one `shared_projector`; in Hugging Face terms that is the same
-projector in every such layer.
+In stage 1 a model whose layers have projectors has one `shared_projector`, unless it is to train each layer's own; in
+Hugging Face terms that is the same projector in every such layer.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,24 +114,31 @@ def projector_entries(model: ModelConfig, ours: str, theirs: str) -> list[Entry]
 
 
 def spread_shared_projector(state: dict[str, Tensor], model: ModelConfig) -> Iterator[Named]:
-    """Yields stage 2's first projector parameters from stage 1's: a copy for every layer that has a projector."""
+    """Yields stage 2's first projectors from stage 1's: a shared one once for each layer that is to have its own."""
     for name, tensor in state.items():
-        if name.startswith(SHARED) and not model.num_own_projectors:
+        if not (name.startswith(SHARED) and model.num_own_projectors):
             yield name, tensor
-        elif name.startswith(SHARED):
+        else:
             for i, kind in enumerate(model.layers):
                 if kind.is_projected:
                     yield f"layers.{i}.projector.{name.removeprefix(SHARED)}", tensor
 
 
-def random_projector(model: ModelConfig, prefix: str, seed: int) -> Iterator[Named]:
-    """Yields the parameters of one new projector, the same on every machine and at any parallelism.
+def new_projectors(model: ModelConfig) -> list[str]:
+    """Returns the prefixes of the projectors that stage 1 trains, in our names."""
+    if model.shares_projector("pretrain"):
+        return [SHARED]
+    return [f"layers.{i}.projector." for i, kind in enumerate(model.layers) if kind.is_projected]
+
+
+def random_projectors(model: ModelConfig, prefixes: Iterable[str], seed: int) -> Iterator[Named]:
+    """Yields the parameters of new projectors, the same on every machine and at any parallelism.
 
     Source: `torch.nn.Linear`'s own initialisation, uniform within 1 / sqrt(input features), as LLaVA leaves it; latents
     are normal, as OpenFlamingo's.
     """
     generator = torch.Generator().manual_seed(seed)
-    for weight in projector_plan(model).weights:
+    for prefix, weight in product(prefixes, projector_plan(model).weights):
         if weight.fan_in:
             bound = 1 / math.sqrt(weight.fan_in)
             yield prefix + weight.ours, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)

@@ -197,6 +197,13 @@ class RunConfig(Section):
                 "compute.fp8_weights=true with phase=pretrain: checkpoints keep fp32 copies of trained weights alone, "
                 "and stage 1 leaves the layers' as they are; use compute.fp8_weights=false, it fits without"
             )
+        projectors_first = self.phase == "pretrain" and not self.shared_projector
+        if projectors_first and self.compute.precision == "fp8" and self.compute.recompute != "none":
+            raise ValueError(
+                f"compute.recompute={self.compute.recompute} with compute.precision=fp8 and "
+                "model.pretrain_projectors=own: Transformer Engine gives no gradient where an input needs none, "
+                "as in the first layer; use compute.recompute=none"
+            )
         if data.max_positions > model.max_positions:
             raise ValueError(
                 f"data.max_positions={data.max_positions} must be at most model.max_positions={model.max_positions}: "

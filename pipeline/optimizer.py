@@ -2,7 +2,7 @@
 
 | phase    | trained                                   | frozen                            |
 |----------|-------------------------------------------|-----------------------------------|
-| pretrain | the shared projector                      | the language model, the encoder   |
+| pretrain | the shared projector, or n projectors     | the language model, the encoder   |
 | finetune | n projectors and the language model       | the encoder                       |
 """
 
@@ -24,7 +24,6 @@ from model.backend import uses_transformer_engine
 from model.compute import DTYPES, compute_dtype
 from model.config import Phase
 from model.saisa import SaisaModel
-from model.weights import SHARED
 from pipeline.config import OptimConfig, RunConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam and Transformer Engine's call them
@@ -33,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam and Transformer Engine's 
 def freeze(model: SaisaModel, phase: Phase) -> None:
     """Freezes what a phase of training does not train."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(phase == "finetune" or name.startswith(SHARED))
+        parameter.requires_grad_(phase == "finetune" or "projector." in name)
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:

@@ -12,12 +12,12 @@ from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf_read import load_config
 from model.saisa import SaisaModel
 from model.weights import (
-    SHARED,
     Named,
     from_hf,
     load_parameters,
     name_table,
-    random_projector,
+    new_projectors,
+    random_projectors,
     read_safetensors,
     spread_shared_projector,
 )
@@ -64,7 +64,7 @@ def initial_parameters(config: RunConfig, model: SaisaModel, tp_group: ProcessGr
 def _projectors(config: RunConfig) -> Iterator[Named]:
     source = config.init.projector
     if source == "random":
-        return random_projector(config.model, SHARED, config.train.seed)
+        return random_projectors(config.model, new_projectors(config.model), config.train.seed)
     if source == "base":
         return iter(())
     checkpoint = find_checkpoint(Path(source))

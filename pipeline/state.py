@@ -15,7 +15,7 @@ from model.compute import build_transformer_config, compute_dtype
 from model.config import differences
 from model.flops import stage_costs
 from model.hf.vision_saisa import VisionTower
-from model.parallel import split_layers, stages_of_rank
+from model.parallel import check_projectors, split_layers, stages_of_rank
 from model.saisa import SaisaModel
 from model.vision import flops_per_image, fuse_activations, load_vision_tower
 from pipeline.checkpoint.run_info import RunInfo, describe_run
@@ -156,6 +156,7 @@ def build_stages(
 ) -> list[SaisaModel]:
     """Returns this process's stages of the pipeline on its device, without weights."""
     parallel, shared = config.parallel, config.shared_projector
+    check_projectors(config.model, config.phase, num_layers)
     transformer = build_transformer_config(config.model, config.compute, parallel, shared)
     with device:
         return [

@@ -101,6 +101,10 @@ def test_what_nothing_reads_is_not_computed():
         ({"architecture": "saisa", "block_size": 4}, "model.block_size=4 must be at most model.num_layers=3"),
         ({"architecture": "naavit", "frozen_layers": (1,)}, r"frozen_layers=\[1\] is for model.architecture=shortv"),
         ({"resampler_tokens": 8}, "resampler_tokens=8 is for model.projector=resampler; .* the encoder's 4 tokens"),
+        (
+            {"architecture": "llava", "pretrain_projectors": "own"},
+            "own is for layers with projectors",
+        ),
         ({"architecture": "shortv"}, "shortv needs model.frozen_layers; without any it is llava"),
         ({"architecture": "shortv", "frozen_layers": (1, 3)}, "must be numbers from 0 to 2, each once and in order"),
         ({"architecture": "shortv", "frozen_layers": (1, 0)}, "must be numbers from 0 to 2, each once and in order"),

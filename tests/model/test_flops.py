@@ -34,6 +34,8 @@ FAMILY = [
     {"architecture": "shortv", "frozen_layers": (1, 2)},
     {"block_size": 2},
     {"block_size": 2} | RESAMPLER,
+    {"pretrain_projectors": "own"},
+    {"pretrain_projectors": "own", "block_size": 2},
 ]
 
 

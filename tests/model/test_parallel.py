@@ -3,7 +3,15 @@
 import pytest
 from pydantic import ValidationError
 
-from model.parallel import ParallelConfig, Stage, check_split, padded_vocab_size, split_layers, stages_of_rank
+from model.parallel import (
+    ParallelConfig,
+    Stage,
+    check_projectors,
+    check_split,
+    padded_vocab_size,
+    split_layers,
+    stages_of_rank,
+)
 from tests.model.test_saisa import tiny
 
 
@@ -59,6 +67,15 @@ def test_settings_without_their_use_are_refused(parallel, message):
 )
 def test_the_costliest_stage_costs_least(layers, last, num_stages, expected):
     assert split_layers(layers, last, num_stages) == expected
+
+
+def test_a_stage_without_a_projector_is_refused_where_nothing_else_is_trained():
+    blocks = tiny(num_layers=4, block_size=2, pretrain_projectors="own")
+    check_projectors(blocks, "pretrain", [1, 3])
+    check_projectors(blocks, "finetune", [3, 1])
+    check_projectors(tiny(num_layers=4, block_size=2), "pretrain", [3, 1])
+    with pytest.raises(ValueError, match="stage 1 of the pipeline, layers 3 to 3, has no projector"):
+        check_projectors(blocks, "pretrain", [3, 1])
 
 
 def test_interleaved_stages_are_dealt_in_turn():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.weights import Entry, from_hf, load_parameters, name_table, random_projector, spread_shared_projector, to_hf
+from model.weights import Entry, from_hf, load_parameters, name_table, random_projectors, spread_shared_projector, to_hf
 from tests.model.test_saisa import RESAMPLER, random_weights, tiny
 
 
@@ -57,7 +57,7 @@ def test_a_vocabulary_of_another_size_is_neither_cut_nor_filled_up(name: str, nu
 
 def test_stage_2_starts_from_n_copies_of_the_shared_projector():
     model = tiny()
-    shared = dict(random_projector(model, "shared_projector.", seed=3))
+    shared = dict(random_projectors(model, ["shared_projector."], seed=3))
     spread = dict(spread_shared_projector(shared, model))
     assert len(spread) == model.num_layers * len(shared)
     assert all(

@@ -94,7 +94,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("math.ceil(num_steps", "math.floor(num_steps", TORCH),
         ("optim.learning_rate * step / num_warmup", "optim.learning_rate", TORCH),
         ("math.cos(math.pi * progress)", "math.cos(progress)", TORCH),
-        ("or name.startswith(SHARED)", "or True", TORCH),
+        ('or "projector." in name', "or True", TORCH),
         ('["step"] = torch.tensor(float(count))', '["step"] = torch.tensor(0.0)', KILLED),
     ],
     "pipeline/step.py": [

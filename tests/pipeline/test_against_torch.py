@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
-from model.weights import SHARED, name_table, random_projector, to_hf
+from model.weights import SHARED, name_table, random_projectors, to_hf
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import RunConfig
@@ -51,11 +51,11 @@ TOLERANCE = 1e-5
 type Sample = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
-def test_four_steps_are_those_of_torch(deep_world, deep_stage1, phase, tmp_path):
+@pytest.mark.parametrize(("phase", "first"), [("pretrain", "shared"), ("pretrain", "own"), ("finetune", "shared")])
+def test_four_steps_are_those_of_torch(deep_world, deep_stage1, phase, first, tmp_path):
     is_first = phase == "pretrain"
     recipe, start = ("demo-stage1", "random") if is_first else ("demo-stage2", deep_stage1.run_dir)
-    config = deep_world.config(recipe, tmp_path, init__projector=start, **CHANGES)
+    config = deep_world.config(recipe, tmp_path, init__projector=start, model__pretrain_projectors=first, **CHANGES)
     train(config)
 
     weights = start_of_run(config, deep_stage1)
@@ -77,13 +77,18 @@ def start_of_run(config: RunConfig, stage1: RunConfig) -> dict[str, Tensor]:
     """Returns the weights that a run starts from in fp64, by Hugging Face name; in stage 1 all layers share some."""
     files = sorted(config.init.base.glob("*.safetensors"))
     base = {name: tensor.double() for file in files for name, tensor in load_file(file).items() if "vision" not in name}
-    first = (
-        dict(random_projector(config.model, SHARED, config.train.seed)) if config.shared_projector else stored(stage1)
-    )
+    model = config.model
+    prefixes = [SHARED] if config.shared_projector else [f"layers.{i}.projector." for i in range(model.num_layers)]
+    starts_new = config.phase == "pretrain"
+    first = dict(random_projectors(model, prefixes, config.train.seed)) if starts_new else stored(stage1)
     for theirs, ours in NAMES.items():
-        one = first[SHARED + ours].double()
-        for i in range(config.model.num_layers):
-            base[f"model.layers.{i}.mm_projector.{theirs}"] = one if config.shared_projector else one.clone()
+        for i in range(model.num_layers):
+            own = f"layers.{i}.projector.{ours}"
+            one = first[own if own in first else SHARED + ours]
+            base[f"model.layers.{i}.mm_projector.{theirs}"] = one.double()
+        if config.shared_projector:
+            one = base[f"model.layers.0.mm_projector.{theirs}"]
+            base |= {f"model.layers.{i}.mm_projector.{theirs}": one for i in range(model.num_layers)}
     return base
 
 

@@ -83,6 +83,13 @@ def test_a_wrong_setting_says_the_way_out_in_one_line(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_recomputing_under_fp8_needs_an_input_with_a_gradient():
+    settings = ["compute.precision=fp8", "compute.recompute=full"]
+    load_config(CONFIGS / "demo-stage1.yaml", settings)
+    with pytest.raises(UsageError, match="gives no gradient where .*; use compute.recompute=none"):
+        load_config(CONFIGS / "demo-stage1.yaml", [*settings, "model.pretrain_projectors=own"])
+
+
 @pytest.mark.parametrize("text", ["20241107", "2024-11-07", "007", "1e5", "12:30:00", "true", "0x10"])
 def test_a_path_or_a_text_is_what_was_typed(text, tmp_path):
     """YAML makes a number, a date, 7, a string, 45000, True and 16 of these."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from model.hf_read import load_config as load_hf_config
+from model.weights import read_safetensors
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import RunConfig
 from pipeline.export_hf import export
@@ -23,6 +24,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "naavit": {"model__architecture": "naavit"},
     "shortv": {"model__architecture": "shortv", "model__frozen_layers": "[0,2]"},
     "blocks": {"model__block_size": 3},
+    "own in stage 1": {"model__pretrain_projectors": "own"},
     "resampler": {"model__projector": "resampler", "model__resampler_tokens": 9},
 }
 
@@ -44,6 +46,7 @@ OFTEN = [
     ("blocks", "finetune", "PP2 interleaved"),
     ("resampler", "pretrain", "TP2 PP2"),
     ("blocks", "pretrain", "TP2 PP2"),
+    ("own in stage 1", "pretrain", "PP2 interleaved"),
 ]
 
 
@@ -79,6 +82,16 @@ def test_an_export_says_the_same(runs, name, tmp_path):
     config = load_hf_config(tmp_path / "out")
     assert (config.architecture, config.block_size) == (second.model.architecture, second.model.block_size)
     assert_logits_are_those_of(second, tmp_path / "out")
+
+
+def test_stage_1_trains_and_exports_a_projector_for_each_layer(runs, tmp_path):
+    first = runs("own in stage 1")["pretrain"]
+    export(find_checkpoint(first.run_dir), tmp_path / "out")
+    assert_logits_are_those_of(first, tmp_path / "out")
+    trained = dict(read_safetensors(tmp_path / "out", lambda name: name.endswith("mm_projector.2.bias")))
+    base = dict(read_safetensors(first.init.base, lambda name: True))
+    assert len(trained) == first.model.num_layers and not trained.keys() & base.keys()
+    assert len({tuple(tensor.tolist()) for tensor in trained.values()}) == first.model.num_layers
 
 
 def test_stage_2_refuses_a_projector_of_another_architecture(runs, deep_world, tmp_path):
