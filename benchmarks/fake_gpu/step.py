@@ -27,9 +27,9 @@ from benchmarks.fake_gpu import attention, te
 from benchmarks.fake_gpu.recorder import Recorder
 from benchmarks.fake_gpu.runtime import FakeTensors
 from benchmarks.fake_gpu.traces import Case, Load, Trace
-from model.backend import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.compute import compute_dtype
 from model.flops import stage_costs
+from model.fp8_state import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.vision_saisa import VisionTower
 from model.pack import IGNORE_INDEX, Pack

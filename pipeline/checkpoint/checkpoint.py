@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.pickles import tell
-from model.backend import FP8_STATE, fp8_state_checked, has_fp8_state
+from model.fp8_state import FP8_STATE, fp8_state_checked, has_fp8_state
 from model.saisa import SaisaModel
 from pipeline.checkpoint.data_only import check_data, data_only
 from pipeline.checkpoint.integrity import damaged_files

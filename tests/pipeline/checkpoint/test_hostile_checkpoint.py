@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from common.pickles import read_pickle
-from model.backend import fp8_state_checked
+from model.fp8_state import fp8_state_checked
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.checkpoint.data_only import data_only, read_metadata
 from pipeline.checkpoint.integrity import damaged_files
