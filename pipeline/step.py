@@ -96,11 +96,8 @@ def forward_and_backward(
     replicas.
     """
     packs = [pack for pack, _ in inputs]
-    layers = [stage.stage.layers for stage in state.stages]
-    rows_in, rows_out = (
-        [[stage.rows_before(layer, pack) for pack in packs] for stage, layer in zip(state.stages, numbers, strict=True)]
-        for numbers in ([each.start for each in layers], [each.stop for each in layers])
-    )
+    rows_in = [[stage.rows_before(stage.stage.layers.start, pack) for pack in packs] for stage in state.stages]
+    rows_out = [[stage.rows_before(stage.stage.layers.stop, pack) for pack in packs] for stage in state.stages]
     model_config = state.wrapped[0].config
     sums = get_forward_backward_func()(
         forward_step_func=partial(forward_step, num_planned=num_planned),
