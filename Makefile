@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat flops-table test-hf test-transformers5 test-lmms test-energon clean
+.PHONY: help setup demo compare test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat layer-contribution flops-table test-hf test-transformers5 test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -146,6 +146,10 @@ evaluate: setup ## MODEL=dir DATA=x.json [IMAGES=dir-zip-or-url]: score an expor
 chat: setup ## MODEL=dir IMAGE=file [ARGS='--question "..."']: talk to an exported folder
 	$(call need,MODEL IMAGE)
 	$(PYTHON) -m pipeline.evaluation.chat --model $(MODEL) --image $(IMAGE) $(ARGS)
+
+layer-contribution: setup ## MODEL=dir DATA=x.json OUT=dir [IMAGES=dir-zip-or-url] [ARGS="--num-frozen 19"]: what each layer of an exported llava contributes, and a shortv without the least
+	$(call need,MODEL DATA OUT)
+	$(PYTHON) -m pipeline.layer_contribution --model $(MODEL) --data $(DATA) --out $(OUT) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
 
 flops-table: setup ## [ARGS="--figure figure-4.png --json flops.json"]: the paper's inference FLOPs, its formulas', and our own
 	@$(PYTHON) -m pipeline.flops_table $(ARGS)

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from typer import Option
 
-from common.console import build_console, run
+from common.console import build_console, count_text, run
 from common.files import write_whole
 from pipeline.paper_tables import NUM_TEXT, Row, as_json, build_rows, draw_figure, figure_lines
 
@@ -50,7 +50,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     assert llava.counted is not None and saisa.counted is not None
     unread, by_formula = (llava.formula - llava.counted) / 1e12, 1 - saisa.formula / llava.formula
     return [
-        f"One image and {NUM_TEXT} text tokens, without the encoder.",
+        f"One image and {count_text(NUM_TEXT, 'text token')}, without the encoder.",
         *(f"{letter}: {explanation}" for explanation, letter in _letters(rows).items()),
         "paper: arXiv 2502.02458; formula: its own, from the sizes of the models; input: with the one that gives "
         "the paper's number",

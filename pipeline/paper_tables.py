@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from common.console import count_text
 from common.plots import COLORS, LEGEND, Panel, drawn
 from model.config import ModelConfig
 from model.flops import forward_flops
@@ -140,8 +141,8 @@ def draw_figure(lines: Mapping[str, Mapping[str, Sequence[int]]], out: Path) -> 
         OSError: The file cannot be written.
     """
     panels = (
-        Panel(f"Vicuna-7B, {NUM_TEXT} text tokens", "visual tokens", "TFLOPs of a prompt"),
-        Panel(f"Vicuna-7B, {NUM_VISUAL} visual tokens", "text tokens", "TFLOPs of a prompt"),
+        Panel(f"Vicuna-7B, {count_text(NUM_TEXT, 'text token')}", "visual tokens", "TFLOPs of a prompt"),
+        Panel(f"Vicuna-7B, {count_text(NUM_VISUAL, 'visual token')}", "text tokens", "TFLOPs of a prompt"),
     )
     with drawn(out, *panels) as all_axes:
         for axes, curves in zip(all_axes, lines.values(), strict=True):

@@ -30,6 +30,7 @@ MISTAKES = {
     "pipeline.flops_table": ("--figure README.md/figure.png", "README.md: File exists"),
     "pipeline.import_hf": ("--llm none --vision none --out none --template v2", "--template 'v2' must be one of"),
     "pipeline.shards.stream_check": ("none", "none: no shards here"),
+    "pipeline.layer_contribution": ("--model none --data none.json --out none", "none.json: No such file"),
     "pipeline.train": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
 }
 """Of each command, a mistake that people make and what is said of it."""

@@ -33,7 +33,7 @@ def answer_questions(
     processor, model = load_export(model_dir, chat_templates(), trust_remote_code)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     limit = model.config.max_position_embeddings
-    fits = [len(processor.tokenize(_prompt(question, processor))) < limit for question in questions]
+    fits = [len(processor.tokenize(prompt_of(question, processor))) < limit for question in questions]
     too_long = tuple(question for question, fit in zip(questions, fits, strict=True) if not fit)
     if not any(fits):
         raise ValueError(
@@ -61,19 +61,9 @@ def answer_all(
     ends, limit = _end_ids(model), model.config.max_position_embeddings
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].text)))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in _shown(batches):
+    for batch in progress_of(batches, "asking"):
         asked = [questions[index] for index in batch]
-        prompts = [_prompt(question, processor) for question in asked]
-        pictures = [[_open(images[question.row, name], question) for name in question.images] for question in asked]
-        if blind:
-            pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
-        inputs = processor(
-            text=prompts,
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
+        inputs = batch_inputs(asked, images, processor, blind).to(model.device)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         rooms = (limit - inputs["attention_mask"].sum(1)).tolist()
         for index, row, room in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), rooms, strict=True):
@@ -83,7 +73,28 @@ def answer_all(
     return tuple(answers[index] for index in range(len(questions)))
 
 
-def _prompt(question: Question, processor: Any) -> str:
+def batch_inputs(
+    questions: Sequence[Question], images: Mapping[tuple[int, str], ImageEntry], processor: Any, blind: bool = False
+) -> Any:
+    """Returns what a model takes of a batch of questions; every prompt ends at the last position.
+
+    Raises:
+        ValueError: An image cannot be read.
+    """
+    pictures = [[_open(images[question.row, name], question) for name in question.images] for question in questions]
+    if blind:
+        pictures = [[_blank(picture, processor) for picture in row] for row in pictures]
+    return processor(
+        text=[prompt_of(question, processor) for question in questions],
+        images=pictures if any(pictures) else None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+
+
+def prompt_of(question: Question, processor: Any) -> str:
+    """Returns the text that a model is to answer."""
     return processor.apply_chat_template([{"role": "user", "content": question.prompt}], add_generation_prompt=True)
 
 
@@ -93,12 +104,12 @@ def _end_ids(model: Any) -> set[int]:
     return set(ends) if isinstance(ends, list) else {ends}
 
 
-def _shown(batches: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Yields the batches, with a progress bar if somebody watches."""
+def progress_of[Batch](batches: Sequence[Batch], what: str) -> Iterator[Batch]:
+    """Yields the batches, with a progress bar if somebody watches; `what` is done to them."""
     console = build_console(stderr=True)
     columns = ("{task.description}", BarColumn(), TimeRemainingColumn())
     with build_progress(console, *columns, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(batches, description="asking")
+        yield from progress.track(batches, description=what)
 
 
 def _open(entry: ImageEntry, question: Question) -> Image.Image:

@@ -46,13 +46,20 @@ def random_projectors(config: SaisaConfig, seed: int = 0) -> Iterator[tuple[str,
 
 
 def make_export(
-    work: Path, out: Path, llm: str, vision: str, projector: str, dtype: torch.dtype | None = None
+    work: Path,
+    out: Path,
+    llm: str,
+    vision: str,
+    projector: str,
+    dtype: torch.dtype | None = None,
+    architecture: str = "saisa",
 ) -> SaisaConfig:
     """Returns the configuration of an export, made of a base as training would make it, but with random projectors."""
     save_llm(work / "llm", llm)
     save_vision(work / "vision", vision)
     words = chat_template("v1")
     config = compose_base(work / "llm", work / "vision", work / "base", chat_template=words, projector_type=projector)
+    config.architecture = architecture
     processor = SaisaProcessor.from_pretrained(work / "base")
     tensors = [*read_checkpoint(work / "base"), *random_projectors(config)]
     write_hf_folder(

@@ -36,6 +36,7 @@ FAMILY_RUNS = "pipeline/test_family.py::test_a_divided_run_is_the_run_of_one_pro
 FAMILY_RUN = f"{FAMILY_RUNS}[llava pretrain PP2 interleaved]"
 HF_FORWARD = "model/test_hf_forward.py"
 HF_GENERATION = "model/test_hf_generation.py"
+CONTRIBUTION = "pipeline/evaluation/test_contribution.py"
 PLAN = "data_prep/test_plan.py"
 SHARD_TASK = "data_prep/test_shard_task.py"
 LISTINGS = "data_prep/test_verify.py::test_one_flipped_bit_anywhere_in_a_listing_names_it"
@@ -550,6 +551,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "replace(sizes, k_text=sizes.h, d=PAPER_WIDTH)",
             "pipeline/test_paper_tables.py",
         ),
+    ],
+    "pipeline/evaluation/contribution.py": [
+        ('config.frozen_layers = "shortv", sorted(layers)', 'config.frozen_layers = "llava", []', CONTRIBUTION),
+        ('if direction == "frozen-original"', 'if direction != "frozen-original"', CONTRIBUTION),
+    ],
+    "pipeline/evaluation/ranking.py": [
+        ("if question.images]", "]", CONTRIBUTION),
+        ("key=lambda layer: means[layer]", "key=lambda layer: -means[layer]", CONTRIBUTION),
+        ("/ num_samples**0.5", "/ num_samples", CONTRIBUTION),
     ],
     "data_prep/plan.py": [
         ("and total + size > shard_bytes", "and total > shard_bytes", PLAN),

@@ -157,7 +157,7 @@ def test_an_answer_ends_with_the_models_positions(world: Path, tmp_path: Path, m
     limit = SaisaForConditionalGeneration.from_pretrained(world / "model").config.max_position_embeddings
 
     def room(num_words: int) -> int:
-        return limit - len(processor.tokenize(answering._prompt(ask("a " * num_words + "a", ""), processor)))
+        return limit - len(processor.tokenize(answering.prompt_of(ask("a " * num_words + "a", ""), processor)))
 
     long = next(num_words for num_words in range(limit) if room(num_words) <= 3)
     rows = [row(None, "a " * long + "a", "x"), row(None, "Say something.", "no")]
