@@ -1,4 +1,4 @@
-"""Plots as PNG files, all in one style: the one door to matplotlib.
+"""Plots as PNG files, all in one style.
 
     with drawn(out, Panel("FLOPs", "visual tokens", "TFLOPs"), Panel(...)) as (left, right):
         left.plot(xs, ys, color=COLORS[0], label="saisa")
