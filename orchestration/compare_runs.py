@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "llava": ("model.architecture=llava",),
     "naavit": ("model.architecture=naavit",),
     "saisa": (),
+    "saisa-full-stage1": ("model.pretrain_projectors=own",),
     "saisa-linear": ("model.projector=linear",),
     "saisa-resampler": ("model.projector=resampler", "model.resampler_tokens=28"),  # of 64, as 256 of 576 in the paper
     "saisa-blocks": ("model.block_size=2",),
@@ -69,7 +70,7 @@ class Result:
         blind_accuracy: the same with blank pictures.
         num_added: parameters besides those of the language model and the encoder.
         training_flops: of both stages, without the encoder's.
-        training_seconds: of both stages' steps, without reading data.
+        training_seconds: of both stages: as many steps as there were, each of their median time, without reading data.
         prefill_flops: of a prompt of `NUM_TEXT` text tokens and an image, without the encoder's.
     """
 
@@ -165,14 +166,14 @@ def configs(out: Path, name: str, seed: int, size: Size) -> tuple[RunConfig, Run
 
 def measured(stages: Sequence[RunConfig], accuracy: float, blind_accuracy: float) -> Result:
     """Returns what a run came to, from its metrics and its sizes."""
-    steps = [step for config in stages for step in read_metrics(config.run_dir)]
-    model = stages[-1].model
+    runs, model = [read_metrics(config.run_dir) for config in stages], stages[-1].model
+    seconds = [[step["step_seconds"] * (1 - step["data_wait_fraction"]) for step in steps] for steps in runs]
     return Result(
         accuracy=accuracy,
         blind_accuracy=blind_accuracy,
         num_added=parameter_counts(model, "finetune").projectors,
-        training_flops=sum(step["training_flops"] for step in steps),
-        training_seconds=round(sum(step["step_seconds"] * (1 - step["data_wait_fraction"]) for step in steps), 2),
+        training_flops=sum(step["training_flops"] for steps in runs for step in steps),
+        training_seconds=round(sum(len(each) * median(each) for each in seconds), 2),
         prefill_flops=int(forward_flops(model, NUM_TEXT, model.num_tokens_per_image, 1)),
     )
 
