@@ -222,8 +222,17 @@ def test_a_damaged_config_is_one_line(export: Path, text: str) -> None:
         {"vision_config": {"model_type": "clip", "image_size": 10**12}},
         {"vision_config": 7},
         {"projector_type": {}},
+        {"architecture": ["saisa"]},
+        {"architecture": "flamingos"},
+        {"architecture": "shortv"},
+        {"architecture": "shortv", "frozen_layers": "01"},
+        {"architecture": "shortv", "frozen_layers": [[0]]},
+        {"architecture": "shortv", "frozen_layers": [0, 10**9]},
+        {"frozen_layers": 7},
+        {"block_size": 0},
+        {"block_size": "2"},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=str,
 )
 def test_a_crafted_config_is_one_line(export: Path, changes: dict) -> None:
     change(export / "config.json", **changes)
