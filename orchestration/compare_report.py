@@ -103,6 +103,7 @@ AT_LEAST = ("higher", "not different")
 CLAIMS = (
     Claim("Attention among visual tokens is not needed (table 1)", "naavit", "llava", AT_LEAST),
     Claim("SAISA is at least as accurate as LLaVA-1.5 (figure 1)", "saisa", "llava", AT_LEAST),
+    Claim("Layers that contribute little can leave visual tokens alone (ShortV)", "shortv", "llava", AT_LEAST),
     Claim("MLPs are better projectors than linear layers (table 7)", "saisa", "saisa-linear", ("higher",)),
     Claim("MLPs are better projectors than resamplers (table 7)", "saisa", "saisa-resampler", ("higher",)),
     Claim("One shared MLP is enough for stage 1 (table 6)", "saisa", "saisa-full-stage1", AT_LEAST),
@@ -146,9 +147,10 @@ def write_report(summary: Summary, baseline: str, quick: bool, out: Path, consol
     draw_accuracies(rows, out / "accuracy.png")
     draw_accuracy_by_flops(rows, out / "flops.png")
     pictures = []
-    for name in ("accuracy.png", "flops.png"):
-        with Image.open(out / name) as picture:
-            pictures.append(image_url(picture))
+    for file in (out / "accuracy.png", out / "flops.png", out / "runs" / "shortv-0" / "contribution.png"):
+        if file.is_file():
+            with Image.open(file) as picture:
+                pictures.append(image_url(picture))
     template = Path(__file__).with_name("compare.html.jinja")
     num_seeds = count_text(len(rows[0].accuracies), "seed")
     page = render_page(

@@ -1,9 +1,10 @@
 """What `make compare` trains and measures: one run for every architecture and seed, each in a folder of its own."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.export_hf import export
+from pipeline.layer_contribution import main as rank_layers
 from pipeline.loop import train
 from pipeline.metrics import read_metrics
 
@@ -43,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """Settings of both stages, by name."""
 BASELINE = "llava"
+FROZEN = "shortv"  # the baseline's weights, not trained again
 NUM_TEXT = 64  # text tokens of a prompt, as in table 4 of the paper
 NUM_TIMED = 15  # prefills of each model; the median counts
 
@@ -53,12 +56,13 @@ class Size:
 
     num_train: int
     num_test: int
+    num_ranking: int  # questions by which layers are ranked
     stage1: tuple[str, ...]
     stage2: tuple[str, ...]
 
 
-WHOLE = Size(4000, 150, ("train.max_steps=50",), ("train.num_epochs=1",))
-QUICK = Size(200, 10, ("train.max_steps=3",), ("train.max_steps=4",))
+WHOLE = Size(4000, 150, 100, ("train.max_steps=50",), ("train.num_epochs=1",))
+QUICK = Size(200, 10, 8, ("train.max_steps=3",), ("train.max_steps=4",))
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,14 @@ def compare(out: Path, variants: Sequence[str], num_seeds: int, quick: bool) -> 
         heading = f"\n{number + 1}/{num_seeds * len(variants)} {name}, seed {seed}"
         console.print(Text(heading, "bold"))
         results.setdefault(name, []).append(finished(out, name, seed, size))
+    for seed in range(num_seeds):
+        console.print(Text(f"\n{FROZEN}: {BASELINE} with its least layers frozen, seed {seed}", "bold"))
+        results.setdefault(FROZEN, []).append(frozen(out, seed, size, results[BASELINE][seed]))
     console.print(Text("\nprefill of every model, in turn", "bold"))
-    seconds = prefill_seconds({name: folder(out, name, 0) / "export" for name in variants})
+    seconds = prefill_seconds({name: folder(out, name, 0) / "export" for name in results})
     summary = {
-        name: {"runs": [asdict(result) for result in results[name]], "prefill_seconds": seconds[name]}
-        for name in variants
+        name: {"runs": [asdict(run) for run in runs], "prefill_seconds": seconds[name]}
+        for name, runs in results.items()
     }
     write_whole(out / "compare.json", f"{json.dumps(summary, indent=1)}\n".encode())
     write_report(summary, BASELINE, quick, out, console)
@@ -147,6 +154,32 @@ def finished(out: Path, name: str, seed: int, size: Size) -> Result:
         export(find_checkpoint(stages[-1].run_dir), model)
     seeing, blind = (evaluate(model, data / "test.json", data / "images", blind=blank) for blank in (False, True))
     result = measured(stages, seeing.accuracy, blind.accuracy)
+    write_whole(file, f"{json.dumps(asdict(result), indent=1)}\n".encode())
+    return result
+
+
+def frozen(out: Path, seed: int, size: Size, baseline: Result) -> Result:
+    """Returns what the baseline gives when the layers that contribute least leave visual tokens as they are."""
+    place, theirs, data = folder(out, FROZEN, seed), folder(out, BASELINE, seed) / "export", out / "data"
+    file = place / "result.json"
+    if file.is_file():
+        return Result(**read_json_object(file, "remove it to measure again"))
+    rank_layers(theirs, str(data / "test.json"), place, str(data / "images"), samples=size.num_ranking)
+    layers = read_json_object(place / "contribution.json", "remove it to measure again")["frozen_layers"]
+    shutil.rmtree(place / "export", ignore_errors=True)
+    shutil.copytree(theirs, place / "export")
+    described = read_json_object(theirs / "config.json", "remove its run to make it again")
+    described |= {"architecture": "shortv", "frozen_layers": layers}
+    write_whole(place / "export" / "config.json", json.dumps(described, indent=1).encode())
+    seeing, blind = (evaluate(place / "export", data / "test.json", data / "images", blind=b) for b in (False, True))
+    model = configs(out, BASELINE, seed, size)[1].model
+    model = model.model_copy(update={"architecture": "shortv", "frozen_layers": tuple(layers)})
+    result = replace(
+        baseline,
+        accuracy=seeing.accuracy,
+        blind_accuracy=blind.accuracy,
+        prefill_flops=int(forward_flops(model, NUM_TEXT, model.num_tokens_per_image, 1)),
+    )
     write_whole(file, f"{json.dumps(asdict(result), indent=1)}\n".encode())
     return result
 

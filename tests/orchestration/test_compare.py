@@ -15,7 +15,7 @@ from orchestration.compare_report import CLAIMS, Row, compared, spread, verdicts
 from orchestration.compare_runs import VARIANTS, Size, compare, configs, finished, measured, named_variants
 from pipeline.metrics import read_metrics
 
-TINY = Size(12, 2, ("train.max_steps=1",), ("train.max_steps=2",))
+TINY = Size(12, 2, 2, ("train.max_steps=1",), ("train.max_steps=2",))
 
 
 def row(name: str, *accuracies: float) -> Row:
@@ -78,9 +78,14 @@ def test_a_comparison_goes_on_and_leaves_its_page(tmp_path, monkeypatch, capsys)
     assert saisa["training_flops"] == sum(step["training_flops"] for step in steps) < llava["training_flops"]
     assert saisa["num_added"] == parameter_counts(second.model, "finetune").projectors == 4 * llava["num_added"]
     assert saisa["prefill_flops"] == forward_flops(second.model, 64, 64, 1) < llava["prefill_flops"]
+    (shortv,) = found["shortv"]["runs"]
+    assert shortv["training_flops"] == llava["training_flops"]
+    described = json.loads((tmp_path / "runs/shortv-0/export/config.json").read_text())
+    assert described["architecture"] == "shortv" and described["frozen_layers"][-1] == 3, "the last gives nothing"
+    assert saisa["prefill_flops"] < shortv["prefill_flops"] < llava["prefill_flops"]
     assert Image.open(tmp_path / "flops.png").width > 100 and "one seed says nothing" in capsys.readouterr().out
     page = (tmp_path / "compare.html").read_text()
-    assert "it shows that everything runs" in page and page.count("<img") == 2
+    assert "it shows that everything runs" in page and page.count("<img") == 3
 
     def never(*_: object) -> None:
         raise AssertionError("a finished run is not trained again")
