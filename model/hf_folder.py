@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -29,7 +28,7 @@ from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
 from model.hf.vision_saisa import stored_name
-from model.hf_check import check_new_folder
+from model.hf_shards import EMBEDDING, HEAD, whole_folder, write_json, write_weights
 
 CODE = Path(__file__).parent / "hf"
 AUTO_MAP = {
@@ -41,7 +40,6 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_saisa.SaisaImageProcessor",
 }
 PROJECTOR = ".mm_projector."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_hf_folder(
@@ -75,28 +73,17 @@ def write_hf_folder(
         ValueError: the folder is not empty; weights are missing, unknown, twice there, or of another shape.
         OSError: a file could not be written; nothing is left.
     """
-    check_new_folder(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     if not is_base:
         config, tensors = add_image_row(config, tensors)
-    try:
-        stored_dtype = _write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
+    with whole_folder(folder) as part:
+        stored_dtype = write_weights(part, weight_shapes(config, is_base), tensors, dtype, max_shard_bytes)
         with named_errors(part):
             _write_config(part, config, tokenizer, stop_token, stored_dtype)
-        if stop_token is not None and not is_base:
-            # lmms-eval, among others, stops at the tokenizer's EOS and nothing else.
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.eos_token = stop_token
-        with named_errors(part):
+            if not is_base:
+                tokenizer = ending_at(tokenizer, stop_token)
             _write_processor(part, SaisaProcessor(image_processor, tokenizer, config.num_image_tokens, chat_template))
             for file in sorted(CODE.glob("*_saisa.py")):
                 shutil.copyfile(file, part / file.name)
-            part.replace(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def weight_shapes(config: SaisaConfig, is_base: bool) -> dict[str, torch.Size]:
@@ -152,80 +139,39 @@ def add_image_token(tokenizer: Any, vocab_size: int) -> int:
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def _write_weights(
-    part: Path,
-    shapes: dict[str, torch.Size],
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-) -> torch.dtype:
-    """Writes shards and their index; returns the dtype of the embedding, which stands for the model's."""
-    shard: dict[str, Tensor] = {}
-    names_of_shards: list[list[str]] = []
-    shard_bytes = total_bytes = 0
-    stored_dtype = dtype or torch.float32
-
-    def flush() -> None:
-        nonlocal shard, shard_bytes
-        file = part / f"shard-{len(names_of_shards)}.safetensors"
-        with named_errors(file):  # safetensors' own error is none of the system's
-            save_file(shard, file, metadata={"format": "pt"})
-        names_of_shards.append(list(shard))
-        shard, shard_bytes = {}, 0
-
-    missing = dict(shapes)
-    for name, tensor in tensors:
-        if name not in missing:
-            problem = "comes twice" if name in shapes else "is not a weight of this model"
-            raise ValueError(f"{name} {problem}; is the checkpoint of another kind?")
-        if tensor.shape != missing.pop(name):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; the configuration says {list(shapes[name])}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is stored as {tensor.dtype}; quantised checkpoints are not supported")
-        # A copy, because safetensors refuses tensors that share memory (one projector copied to every layer).
-        shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        stored_dtype = shard[name].dtype if name == EMBEDDING else stored_dtype
-        shard_bytes += shard[name].nbytes
-        total_bytes += shard[name].nbytes
-        if shard_bytes >= max_shard_bytes:
-            flush()
-    if missing:
-        shown = ", ".join(list(missing)[:8]) + (", ..." if len(missing) > 8 else "")
-        raise ValueError(f"{len(missing)} of {count_text(len(shapes), 'weight')} missing: {shown}")
-    if shard:
-        flush()
-
-    weight_map = {}
-    for number, names in enumerate(names_of_shards):
-        file = f"model-{number + 1:05d}-of-{len(names_of_shards):05d}.safetensors"
-        (part / f"shard-{number}.safetensors").rename(part / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = part / "model.safetensors.index.json"
-    with named_errors(index):
-        _write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    for file in part.glob("*.safetensors"):
-        shutil.copymode(index, file)  # safetensors lets only the owner read
-    return stored_dtype
+def ending_at(tokenizer: Any, stop_token: str | None) -> Any:
+    """Returns the tokenizer with the token that ends answers as its EOS: some tools stop there only (lmms-eval)."""
+    if stop_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = stop_token
+    return tokenizer
 
 
-def _write_config(part: Path, config: SaisaConfig, tokenizer: Any, stop_token: str | None, dtype: torch.dtype) -> None:
+def generation_config(config: SaisaConfig, tokenizer: Any, stop_token: str | None) -> GenerationConfig:
+    """Returns how a model generates: it ends where the language model did, at the tokenizer's EOS, and at `stop_token`.
+
+    The image token is never said.
+    """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [tokenizer.eos_token_id, *ends]
     if stop_token is not None:
         ends.append(tokenizer.convert_tokens_to_ids(stop_token))
-    ends = sorted({end for end in ends if end is not None})
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=sorted({end for end in ends if end is not None}),
+        pad_token_id=config.pad_token_id,
+        # Ours never says it anyway; told here, what drafts tokens (prompt lookup) looks for others in time.
+        suppress_tokens=[config.image_token_id] if config.image_token_id < config.vocab_size else None,
+    )
+
+
+def _write_config(part: Path, config: SaisaConfig, tokenizer: Any, stop_token: str | None, dtype: torch.dtype) -> None:
     config = copy.deepcopy(config)
     config.architectures = ["SaisaForConditionalGeneration"]
     config.auto_map = {name: AUTO_MAP[name] for name in AUTO_MAP if name != "AutoImageProcessor"}
     config.dtype = dtype
     config.save_pretrained(part)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=ends,
-        pad_token_id=config.pad_token_id,
-        # The model never says it anyway; told here, what drafts tokens (prompt lookup) looks for others in time.
-        suppress_tokens=[config.image_token_id] if config.image_token_id < config.vocab_size else None,
-    ).save_pretrained(part)
+    generation_config(config, tokenizer, stop_token).save_pretrained(part)
 
 
 def _write_processor(part: Path, processor: SaisaProcessor) -> None:
@@ -235,9 +181,9 @@ def _write_processor(part: Path, processor: SaisaProcessor) -> None:
         stored = json.loads((part / file).read_text())
         stored.pop("image_processor", None)
         stored["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
-        _write_json(part / file, stored)
+        write_json(part / file, stored)
     file = part / "tokenizer_config.json"
-    _write_json(file, tokenizer_settings(json.loads(file.read_text())))
+    write_json(file, tokenizer_settings(json.loads(file.read_text())))
 
 
 def tokenizer_settings(stored: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +197,3 @@ def tokenizer_settings(stored: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     return settings
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
