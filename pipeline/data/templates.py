@@ -1,15 +1,17 @@
 r"""From a LLaVA conversation to token ids and labels, and the chat template that asks in the same words.
 
-Four templates; what a model is trained to say is between >< (`eos` is the tokenizer's own, `</s>` for Vicuna)::
+Five templates; what a model is trained to say is between >< (`eos` is the tokenizer's own, `</s>` for Vicuna)::
 
     plain     <image>>a cake\n<                                    the question is dropped
     v1        {system} USER: {question} ASSISTANT:> {answer}{eos}<USER: ...
     llama_3   <|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>
               <|start_header_id|>assistant<|end_header_id|>\n\n>{answer}<|eot_id|><   (written without line breaks)
     mistral    [INST] {question} [/INST]> {answer}{eos}< [INST] ...     with the spaces of Mistral-7B-Instruct-v0.2
+    chatml    <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n      Qwen2's, and SmolLM2's but for this text
+              <|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n>{answer}<|im_end|><\n<|im_start|>user ...
 
-`plain` and `v1` give the token ids and masks of LLaVA's `preprocess_plain` and `preprocess_v1`; `llama_3` and
-`mistral` strip each turn and know no standard system text. What a newcomer to LLaVA would not guess:
+`plain` and `v1` give the token ids and masks of LLaVA's `preprocess_plain` and `preprocess_v1`; the others strip each
+turn, and `llama_3` and `mistral` know no standard system text. What a newcomer to LLaVA would not guess:
 
 - A turn with one `<image>` has it moved to its front, followed by a newline. A turn with several keeps them where they
   stand (LLaVA would keep only one of them). `plain` keeps the images, and nothing else, of the human turn.
@@ -91,7 +93,7 @@ class Template:
 
 
 # Source: conv_vicuna_v1 and conv_llava_plain in LLaVA's llava/conversation.py; the chat templates in the tokenizer
-# configurations of Meta-Llama-3-8B-Instruct and Mistral-7B-Instruct-v0.2.
+# configurations of Meta-Llama-3-8B-Instruct, Mistral-7B-Instruct-v0.2 and Qwen2-7B-Instruct.
 PLAIN = Template(user=("", ""), header="", gap="", end="\n")
 TEMPLATES = {
     "plain": PLAIN,
@@ -113,6 +115,16 @@ TEMPLATES = {
         strip=True,
     ),
     "mistral": Template(user=(" [INST] ", " [/INST]"), header="", gap=" ", markers=("[INST]", "[/INST]"), strip=True),
+    "chatml": Template(
+        user=("\n<|im_start|>user\n", "<|im_end|>\n"),
+        header="<|im_start|>assistant\n",
+        gap="",
+        end="<|im_end|>",
+        system=("<|im_start|>system\n", "<|im_end|>"),
+        default_system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
+        special_tokens=("<|im_start|>",),
+        strip=True,
+    ),
 }
 
 
@@ -334,7 +346,9 @@ def _rounds(conversations: list[dict], form: Template, end: str, has_image: bool
     begin, turns = form.default_system, list(conversations)
     if turns and turns[0]["from"] == "system":
         if form.system is None:
-            raise ConversationError("a system turn, which this template cannot write; use template v1 or llama_3")
+            raise ConversationError(
+                "a system turn, which this template cannot write; use template v1, llama_3 or chatml"
+            )
         begin, turns = form.system[0] + _text(turns[0], form, False) + form.system[1], turns[1:]
     elif turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
@@ -456,4 +470,5 @@ def _marked_form(form: Template, own: tuple[str, ...]) -> Template:
         return text
 
     system = form.system and (mark(form.system[0]), mark(form.system[1]))
-    return replace(form, user=(mark(form.user[0]), mark(form.user[1])), header=mark(form.header), system=system)
+    user, default = (mark(form.user[0]), mark(form.user[1])), mark(form.default_system)
+    return replace(form, user=user, header=mark(form.header), system=system, default_system=default)

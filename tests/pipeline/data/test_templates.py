@@ -27,6 +27,7 @@ from pipeline.data.templates import (
 )
 
 LLAMA_3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LLAMA_3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -123,7 +124,7 @@ def byte_level(split: str = "gpt2", bos: bool = True, newlines: bool = False):
     words = [pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated")] if split == "llama_3" else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<image>", *LLAMA_3_TOKENS]
+    special = ["<s>", "</s>", "<image>", *LLAMA_3_TOKENS, *CHATML_TOKENS]
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=letters)
     texts = ["USER: is it red? ASSISTANT: yes\n\nno, it is [INST] red [/INST] yes"] * 3 + ["\n\n"] * (9 * newlines)
@@ -233,6 +234,13 @@ SYSTEM = (
             "<|start_header_id|>assistant<|end_header_id|>\n\nYes<|eot_id|>",
             ["A cat.<|eot_id|>", "Yes<|eot_id|>"],
         ),
+        (
+            "chatml",
+            "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n<image>\nWhat is  this?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+            "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>",
+            ["A cat.<|im_end|>", "Yes<|im_end|>"],
+        ),
     ],
 )
 def test_what_is_said_and_what_is_learned(template, text, answers):
@@ -274,6 +282,8 @@ def test_a_system_turn_replaces_the_standard_one():
     assert whole.startswith(
         "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
     )
+    whole = prompts(encode_conversation(row, False, "chatml", tokenizer), tokenizer)
+    assert whole.startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
     with pytest.raises(ConversationError, match="system turn"):
         encode_conversation(row, False, "mistral", tokenizer)
 
@@ -304,7 +314,10 @@ SENTENCEPIECE, BYTE_LEVEL = ["slow", "fast", "bare"], ["gpt2", "llama_3", "no bo
 PAIRS = [(template, kind) for template in ("v1", "mistral") for kind in SENTENCEPIECE + BYTE_LEVEL]
 
 
-@pytest.mark.parametrize(("template", "tokenizer_kind"), PAIRS + [("llama_3", kind) for kind in BYTE_LEVEL])
+@pytest.mark.parametrize(
+    ("template", "tokenizer_kind"),
+    PAIRS + [(template, kind) for template in ("llama_3", "chatml") for kind in BYTE_LEVEL],
+)
 @pytest.mark.parametrize("as_parts", [False, True])
 def test_prompts_are_the_beginnings_of_training_rows(request, template, tokenizer_kind, as_parts):
     """For every answer: the rendered conversation before it, through the processor, gives the ids of training."""
@@ -359,7 +372,7 @@ def test_chat_template_with_a_system_message():
 def test_the_token_that_ends_an_answer():
     tokenizer = byte_level()
     ends = {template: end_of_answer(template, tokenizer) for template in TEMPLATES}
-    assert ends == {"plain": "\n", "v1": "</s>", "mistral": "</s>", "llama_3": "<|eot_id|>"}
+    assert ends == {"plain": "\n", "v1": "</s>", "mistral": "</s>", "llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
 
 
 def test_missing_special_tokens_are_refused(realdata: Path):
@@ -404,7 +417,14 @@ def test_conversations_that_cannot_be_encoded(conversation, template, message):
 
 
 SPELLED = "<s> x</s> <unk><|eot_id|>y <|endoftext|> </s>"
-SPECIAL_CASES = [("v1", "fast"), ("mistral", "fast"), ("mistral", "bare"), ("v1", "llama_3"), ("llama_3", "llama_3")]
+SPECIAL_CASES = [
+    ("v1", "fast"),
+    ("mistral", "fast"),
+    ("mistral", "bare"),
+    ("v1", "llama_3"),
+    ("llama_3", "llama_3"),
+    ("chatml", "llama_3"),
+]
 SPECIAL_CASES += [("plain", "fast"), ("plain", "llama_3"), ("mistral", "gpt2")]
 
 
