@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor
@@ -23,6 +24,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from common.files import read_whole
 from common.json_files import read_json_object
 from model import hf_read
 from model.hf.image_processing_saisa import SaisaImageProcessor
@@ -44,6 +46,7 @@ VISIONS = {
     "siglip": SiglipVisionConfig,
     "siglip_vision_model": SiglipVisionConfig,
 }
+MAX_TEMPLATE_BYTES = 1 << 20
 Named = tuple[str, Tensor]
 
 
@@ -97,13 +100,12 @@ def llm_fields(folder: Path, raw: dict[str, Any], max_positions: int | None) -> 
     }
 
 
-def vision_fields(folder: Path) -> dict[str, Any]:
-    """Returns the `vision_config` of an encoder folder, of the encoder alone or with its text tower.
+def vision_fields(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns a `vision_config` from what a folder says of an encoder, alone or with its text tower.
 
     Raises:
         ValueError: it is neither CLIP nor SigLIP.
     """
-    raw = read_json(folder / "config.json")
     if str(raw.get("model_type")) not in VISIONS:
         raise ValueError(
             f"{folder}: model_type={raw.get('model_type')!r} is not supported; use a CLIP or SigLIP encoder"
@@ -145,11 +147,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         **found.special_tokens_map,
     )
+    end_like_generation(tokenizer, _end_ids(folder, None))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"{folder}: the tokenizer has no padding token and no EOS; set its eos_token")
     return tokenizer
+
+
+def end_like_generation(tokenizer: PreTrainedTokenizerFast, end_ids: int | list[int] | None) -> None:
+    """Lets a tokenizer whose EOS is no token at which its model stops end with the first that is."""
+    ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    names = [tokenizer.convert_ids_to_tokens(each) for each in ids if each is not None]
+    if names and tokenizer.eos_token not in names and isinstance(names[0], str):
+        tokenizer.eos_token = names[0]
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """Returns the chat template that a folder brings along, unread, from wherever versions of transformers put it.
+
+    Raises:
+        ValueError: a file of the folder is damaged.
+    """
+    check_files(folder)
+    if (file := folder / "chat_template.jinja").is_file():
+        return read_whole(file, MAX_TEMPLATE_BYTES).decode()
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        found = read_json_object(folder / name, WAY_OUT).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, list):  # several by name
+            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def prepend_like_sentencepiece(tokenizer: Tokenizer) -> None:
@@ -175,11 +204,25 @@ def load_image_processor(folder: Path, image_aspect_ratio: str, image_size: int)
     Raises:
         ValueError: the folder does not say how, or makes images of another size than the encoder takes.
     """
-    settings = read_json(file := folder / "preprocessor_config.json")
-    with named(file):
+    settings = image_settings(folder)
+    with named(folder / "preprocessor_config.json"):
         processor = SaisaImageProcessor.from_encoder(settings, image_aspect_ratio)
     check_image_size(folder, processor, image_size)
     return processor
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a folder's image processor; transformers 5 writes them inside those of the processor.
+
+    Raises:
+        ValueError: there are none.
+    """
+    whole = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file() and whole.is_file():
+        inside = read_json(whole).get("image_processor")
+        if isinstance(inside, dict):
+            return inside
+    return read_json(folder / "preprocessor_config.json")
 
 
 def read_checkpoint(folder: Path) -> Iterator[Named]:
@@ -188,6 +231,32 @@ def read_checkpoint(folder: Path) -> Iterator[Named]:
     Raises:
         ValueError: there are no weights, or files that the index names are missing.
     """
+    for file in weight_files(folder):
+        yield from read_safetensors_file(file) if file.suffix == ".safetensors" else _read_bin(file)
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Returns the names of a checkpoint's tensors.
+
+    Raises:
+        ValueError: as `read_checkpoint` does.
+    """
+    names: set[str] = set()
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with named(file), safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+        else:
+            names.update(name for name, _ in _read_bin(file))
+    return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of a checkpoint's weights.
+
+    Raises:
+        ValueError: there are none, or files that the index names are missing.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if not index.is_file() and not single.is_file():
@@ -195,9 +264,7 @@ def read_checkpoint(folder: Path) -> Iterator[Named]:
         names = files_in_index(index) if index.is_file() else [single.name]
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"{folder}: the index names files that are not there: {', '.join(missing)}")
-        for name in names:
-            yield from read_safetensors_file(folder / name) if suffix == "safetensors" else _read_bin(folder / name)
-        return
+        return [folder / name for name in names]
     raise ValueError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards")
 
 

@@ -1,9 +1,10 @@
 """From published checkpoints to a folder of ours.
 
     compose_base      a language model folder + a vision encoder folder  ->  a base, where training starts
-    convert_release   a checkpoint in the layout of the authors' release  ->  an export, which chats
+    convert_release   a LLaVA-1.5, or a SAISA in its authors' layout  ->  an export, which chats
 
-Tensors go from the source's files to ours one at a time. `model.hf_source` says what can be read and what is refused.
+Tensors go from the source's files to ours one at a time. `model.hf_source` and `model.llava_source` say what can be
+read and what is refused.
 """
 
 import re
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 
+from common.console import count_text
 from model.hf.configuration_saisa import SaisaConfig
-from model.hf_folder import add_image_token, write_hf_folder
-from model.hf_read import named
+from model.hf.processing_saisa import IMAGE_TOKEN
+from model.hf_folder import add_image_token, weight_shapes, write_hf_folder
+from model.hf_read import WAY_OUT, named
+from model.hf_shards import HEAD
 from model.hf_source import (
     Named,
     llm_fields,
@@ -25,8 +29,9 @@ from model.hf_source import (
     read_json,
     vision_fields,
 )
+from model.llava_source import read_release, tensors_of_release
 
-RELEASES = {"llava_llama": "llama", "llava_mistral": "mistral"}
+TOWER = "model.vision_tower."
 # Tables that older versions of transformers stored beside the weights and newer ones compute.
 PARTS_OF_ENCODER = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "head.")
 COMPUTED = re.compile(r"\.(inv_freq|position_ids)$")
@@ -59,13 +64,16 @@ def compose_base(
     with named(llm):
         fields = llm_fields(llm, read_json(llm / "config.json"), max_positions)
         tokenizer = load_tokenizer(llm)
-    config = _build_config(fields, tokenizer, vision, vision_select_layer, projector_type)
+    with named(vision):
+        fields["vision_config"] = vision_fields(vision, read_json(vision / "config.json"))
+    fields |= {"vision_select_layer": vision_select_layer, "projector_type": projector_type}
+    config = _build_config(fields, tokenizer)
 
     def tensors() -> Iterator[Named]:
         for name, tensor in read_checkpoint(llm):
-            if not COMPUTED.search(name) and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            if not (COMPUTED.search(name) or _is_tied(name, config)):
                 yield name, tensor
-        yield from _vision_tensors(vision)
+        yield from _vision_tensors(vision, config)
 
     image_processor = load_image_processor(vision, image_aspect_ratio, config.vision_config.image_size)
     write_hf_folder(
@@ -77,7 +85,7 @@ def compose_base(
 
 def convert_release(
     release: Path,
-    vision: Path,
+    vision: Path | None,
     out: Path,
     *,
     chat_template: str | None = None,
@@ -85,66 +93,70 @@ def convert_release(
     max_positions: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> SaisaConfig:
-    """Returns the configuration of the export that it writes to `out`, from the authors' layout.
+    """Returns the configuration of the export that it writes to `out`.
 
-    A release names its vision encoder without describing it, so `vision` gives its configuration, and its weights
-    where the release lacks them. The release's `model.mm_projector`, left over from LLaVA, is not used by SAISA.
+    Args:
+        release: a LLaVA-1.5, in its own layout or in that of transformers, or a SAISA in the layout of its authors.
+        vision: the folder of its encoder, for layouts that name it without describing it; its weights count where
+            the release brings none.
 
     Raises:
         ValueError: the checkpoint is of an unsupported kind, or incomplete.
     """
-    raw = read_json(release / "config.json")
-    if str(raw.get("model_type")) not in RELEASES:
-        raise ValueError(f"{release}: model_type={raw.get('model_type')!r} must be one of {', '.join(RELEASES)}")
-    if raw.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError(f"{release}: mm_vision_select_feature={raw['mm_vision_select_feature']!r} must be 'patch'")
     with named(release):
-        fields = llm_fields(release, raw | {"model_type": RELEASES[raw["model_type"]]}, max_positions)
+        found = read_release(release, vision, max_positions)
         tokenizer = load_tokenizer(release)
-    projector_type = "linear" if raw.get("mm_projector_type") == "linear" else "mlp"
-    config = _build_config(fields, tokenizer, vision, raw.get("mm_vision_select_layer", -2), projector_type)
+    config = _build_config(found.fields, tokenizer)
+    if found.image_token_id not in (None, config.image_token_id):
+        raise ValueError(
+            f"{release}: image_token_index={found.image_token_id}, but the id of {IMAGE_TOKEN} in its tokenizer is "
+            f"{config.image_token_id}; use the tokenizer files of the same repository"
+        )
 
     def tensors() -> Iterator[Named]:
-        brings_encoder = False
-        for name, tensor in read_checkpoint(release):
-            if name.startswith("model.vision_tower.vision_tower."):
-                brings_encoder = True
-                name = name.replace("model.vision_tower.vision_tower.", "model.vision_tower.", 1)
-            if not COMPUTED.search(name) and not name.startswith("model.mm_projector."):
+        for name, tensor in tensors_of_release(release, found.layout):
+            if not (COMPUTED.search(name) or _is_tied(name, config)):
                 yield name, tensor
-        if not brings_encoder:
-            yield from _vision_tensors(vision)
+        if not found.brings_encoder:
+            yield from _vision_tensors(found.encoder, config)
 
-    aspect_ratio = raw.get("image_aspect_ratio", "pad")
-    image_processor = load_image_processor(vision, aspect_ratio, config.vision_config.image_size)
+    image_processor = load_image_processor(found.encoder, found.image_aspect_ratio, config.vision_config.image_size)
     write_hf_folder(
         out, config, tensors(), tokenizer, image_processor, chat_template, stop_token=stop_token, dtype=dtype
     )
     return config
 
 
-def _build_config(
-    fields: dict[str, Any], tokenizer: Any, vision: Path, select_layer: int, projector_type: str
-) -> SaisaConfig:
-    with named(vision):
-        described = vision_fields(vision)
-    return SaisaConfig(
-        **fields,
-        vision_config=described,
-        vision_select_layer=select_layer,
-        projector_type=projector_type,
-        image_token_id=add_image_token(tokenizer, fields["vocab_size"]),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _build_config(fields: dict[str, Any], tokenizer: Any) -> SaisaConfig:
+    image_token_id = add_image_token(tokenizer, fields["vocab_size"])
+    return SaisaConfig(**fields, image_token_id=image_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def _vision_tensors(folder: Path) -> Iterator[Named]:
+def _is_tied(name: str, config: SaisaConfig) -> bool:
+    return name == HEAD and config.tie_word_embeddings
+
+
+def _vision_tensors(folder: Path, config: SaisaConfig) -> Iterator[Named]:
     """Yields the encoder's tensors under our names; a text tower beside it is left behind.
 
     An encoder that transformers 5 has saved alone has no prefix.
+
+    Raises:
+        ValueError: they are not those of the encoder that the folder describes.
     """
+    expected = {name: shape for name, shape in weight_shapes(config, is_base=True).items() if name.startswith(TOWER)}
     for name, tensor in read_checkpoint(folder):
         if name.startswith(PARTS_OF_ENCODER):
             name = f"vision_model.{name}"
         if name.startswith("vision_model.") and not COMPUTED.search(name):
-            yield f"model.vision_tower.{name}", tensor
+            if (shape := expected.pop(TOWER + name, None)) != tensor.shape:
+                told = f"of shape {list(shape)}" if shape else "not there"
+                raise ValueError(
+                    f"{folder}: {name} has shape {list(tensor.shape)}, by config.json it is {told}; {WAY_OUT}"
+                )
+            yield TOWER + name, tensor
+    if expected:
+        raise ValueError(
+            f"{folder}: {count_text(len(expected), 'weight')} of the encoder in config.json missing, such as "
+            f"{min(expected).removeprefix(TOWER)}; {WAY_OUT}"
+        )

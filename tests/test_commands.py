@@ -26,7 +26,7 @@ MISTAKES = {
     "pipeline.data.preview": (f"{STAGE1} optim.lr=1", "unknown setting optim.lr"),
     "pipeline.evaluation.chat": ("--model none", "none: no config.json"),
     "pipeline.evaluation.evaluate": ("--model none --data none.json --images .", "none.json: No such file"),
-    "pipeline.export": ("--checkpoint none --out none", "none: no checkpoint here"),
+    "pipeline.export": ("--checkpoint none --out none --format gguf", "--format 'gguf' must be one of saisa, llava-hf"),
     "pipeline.flops_table": ("--figure README.md/figure.png", "README.md: File exists"),
     "pipeline.import_hf": ("--llm none --vision none --out none --template v2", "--template 'v2' must be one of"),
     "pipeline.shards.stream_check": ("none", "none: no shards here"),

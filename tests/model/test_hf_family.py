@@ -11,6 +11,7 @@ from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.vision_saisa import stored_name
 from tests.hf_compat.tiny import SIZES, VISION, VOCAB
 from tests.model.hf_models import GREEDY, IMAGE, NUM_IMAGES, ROWS, V, all_pixels, batch, build, own_pixels, reference
+from tests.transformers_versions import MAJOR
 
 NUM_LAYERS = SIZES["num_hidden_layers"]
 # Visual tokens as in `ROWS`, of four times as many features
@@ -76,12 +77,13 @@ def theirs(model: SaisaForConditionalGeneration) -> LlavaForConditionalGeneratio
     """LLaVA of transformers with the weights of ours."""
     text = LlamaConfig(**SIZES | {"vocab_size": VOCAB + 1, "rms_norm_eps": model.config.rms_norm_eps})
     vision = CLIPVisionConfig(**VISION)
-    config = LlavaConfig(vision, text, image_token_index=IMAGE, vision_feature_layer=-2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
     llava = LlavaForConditionalGeneration(config).eval()
     renamed = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("model.vision_tower."):
             name = stored_name(name)
+            name = name if MAJOR == 4 else name.replace(".vision_model.", ".")
         elif name.startswith("model.mm_projector."):
             number = {"0": "1", "2": "2"}[name.split(".")[2]]
             name = f"model.multi_modal_projector.linear_{number}.{name.rsplit('.', 1)[-1]}"

@@ -133,6 +133,17 @@ def test_settings_reach_the_folder(source: Any, tmp_path: Path) -> None:
     assert processor.num_image_tokens == 4
 
 
+def test_answers_end_where_the_language_model_does(llm: Path, vision: Path, tmp_path: Path) -> None:
+    """Its generation configuration says where; an EOS of the tokenizer that is none of these ends nothing."""
+    change(llm / "generation_config.json", eos_token_id=[7, 9])
+    assert load_tokenizer(llm).eos_token_id == 7
+    compose_base(llm, vision, tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").eos_token_id == 7, "training's end of answers"
+    assert json.loads((tmp_path / "base" / "generation_config.json").read_text())["eos_token_id"] == [7, 9]
+    change(llm / "generation_config.json", eos_token_id=[7, 2])
+    assert load_tokenizer(llm).eos_token_id == 2, "the tokenizer's own is one of them"
+
+
 def test_image_token_is_never_a_row_of_the_vocabulary(source: Any, tmp_path: Path) -> None:
     for kind, expected in (("llama", 384), ("qwen2", 376)):  # 384 rows: all used by llama, 376 by qwen2
         config = compose_base(source(kind)[0], source("clip")[0], tmp_path / kind)

@@ -1,18 +1,26 @@
 """The other architectures of the family in whole runs: both stages, divided, resumed, exported."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from model.hf_read import load_config as load_hf_config
+from model.import_hf import convert_release
 from model.weights import read_safetensors
+from pipeline.checkpoint.checkpoint import restore_checkpoint
 from pipeline.checkpoint.run_info import find_checkpoint
 from pipeline.config import RunConfig
+from pipeline.distributed import initialize_distributed, shutdown_distributed
 from pipeline.export_hf import export
 from pipeline.loop import train
+from pipeline.state import build
+from pipeline.step import train_step
 from tests.pipeline.test_export import assert_logits_are_those_of
 from tests.pipeline.test_parallel import SPLITS, assert_same_run, divided
 from tests.processes import run_together
@@ -92,6 +100,49 @@ def test_stage_1_trains_and_exports_a_projector_for_each_layer(runs, tmp_path):
     base = dict(read_safetensors(first.init.base, lambda name: True))
     assert len(trained) == first.model.num_layers and not trained.keys() & base.keys()
     assert len({tuple(tensor.tolist()) for tensor in trained.values()}) == first.model.num_layers
+
+
+def test_a_llava_leaves_for_transformers_own_class(runs, tmp_path):
+    found = find_checkpoint(runs("llava")["finetune"].run_dir)
+    for form in ("saisa", "llava-hf"):
+        export(found, tmp_path / form, form)
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "saisa", trust_remote_code=True).eval()
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava-hf").eval()
+    image, num_tokens = theirs.config.image_token_id, ours.config.num_image_tokens
+    ids = torch.tensor([[5, 6, *[image] * num_tokens, 7, 8, *[image] * num_tokens, 9]])
+    side = theirs.config.vision_config.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    text = ids[0] != image
+    with torch.no_grad():
+        found, expected = (model(ids, pixel_values=pixels).logits[0, text, :image] for model in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("form", ["llava-hf", "llava"])
+def test_other_architectures_do_not_leave_as_llava(runs, tmp_path, form):
+    found = find_checkpoint(runs("blocks")["finetune"].run_dir)
+    with pytest.raises(
+        ValueError, match=f"FORMAT={form} cannot hold model.architecture='saisa'; export with FORMAT=saisa"
+    ):
+        export(found, tmp_path / "out", form)
+
+
+def test_a_llava_that_comes_in_trains_on_as_itself_and_as_shortv(runs, deep_world, tmp_path):
+    """Out in LLaVA's own layout and in again: the first loss in stage 2 is that of the checkpoint."""
+    second = runs("llava")["finetune"]
+    export(find_checkpoint(second.run_dir), tmp_path / "out", "llava")
+    convert_release(tmp_path / "out", None, tmp_path / "base")
+    state = build(second, initialize_distributed())
+    restore_checkpoint(find_checkpoint(second.run_dir), state.run, state.stages, state.optimizer, state.groups)
+    expected = train_step(state, state.source[0], 0.0).loss
+    shutdown_distributed()
+    losses = {}
+    for name in ("llava", "shortv"):
+        started = {"init__base": tmp_path / "base", "init__projector": "base", "train__max_steps": 1}
+        config = deep_world.config("demo-stage2", tmp_path / name, **FAMILY[name] | started)
+        train(config)
+        losses[name] = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["llava"] == pytest.approx(expected, rel=1e-6) and losses["shortv"] != losses["llava"]
 
 
 def test_stage_2_refuses_a_projector_of_another_architecture(runs, deep_world, tmp_path):
