@@ -94,9 +94,10 @@ stream-check: setup ## SHARDS=dir-or-url [CACHE=dir]: shards read by number and 
 	$(call need,SHARDS)
 	$(PYTHON) -m pipeline.shards.stream_check $(SHARDS) $(if $(CACHE),--cache $(CACHE)) $(ARGS)
 
-import-hf: setup ## LLM=dir VISION=dir OUT=dir: a Hugging Face language model and encoder to a base folder
-	$(call need,LLM VISION OUT)
-	$(PYTHON) -m pipeline.import_hf --llm $(LLM) --vision $(VISION) --out $(OUT) $(ARGS)
+import-hf: setup ## LLM=dir VISION=dir OUT=dir [TEMPLATE=v1], or RELEASE=dir [VISION=dir] OUT=dir: language model and encoder to a base; a LLaVA-1.5 or SAISA to an export
+	$(call need,OUT)
+	$(PYTHON) -m pipeline.import_hf $(if $(LLM),--llm $(LLM)) $(if $(RELEASE),--release $(RELEASE)) $(if $(VISION),--vision $(VISION)) \
+	  $(if $(TEMPLATE),--template $(TEMPLATE)) --out $(OUT) $(ARGS)
 
 tiny-base: setup ## DATA=x.json OUT=dir [TOKENIZER=dir]: a tiny random base of JSON or Parquet rows, to try your own data on a CPU
 	$(call need,DATA OUT)
@@ -135,9 +136,9 @@ preview: setup ## CONFIG=x.yaml [STEP=n] [RANKS=n] [ARGS="--html runs/page.html"
 	$(call need,CONFIG)
 	@$(PYTHON) -m pipeline.data.preview --config $(CONFIG) --step $(STEP) --ranks $(RANKS) $(ARGS)
 
-export: setup ## CKPT=run-or-checkpoint OUT=dir: a training checkpoint to a self-contained Hugging Face folder
+export: setup ## CKPT=run-or-checkpoint OUT=dir [FORMAT=llava-hf|llava]: a training checkpoint to a self-contained Hugging Face folder
 	$(call need,CKPT OUT)
-	$(PYTHON) -m pipeline.export --checkpoint $(CKPT) --out $(OUT) $(ARGS)
+	$(PYTHON) -m pipeline.export --checkpoint $(CKPT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 evaluate: setup ## MODEL=dir DATA=x.json [IMAGES=dir-zip-or-url]: score an exported folder on LLaVA-format questions (JSON or Parquet)
 	$(call need,MODEL DATA)

@@ -503,6 +503,33 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "pipeline/test_export.py::test_an_export_is_a_base",
         ),
     ],
+    "model/llava_hf_folder.py": [
+        (
+            "if name == says and config.num_image_rows:",
+            "if False:",
+            "model/test_llava.py::test_the_image_token_that_an_export_adds_is_never_the_likeliest",
+        ),
+        (
+            '"multi_modal_projector.linear_2."',
+            '"multi_modal_projector.linear_1."',
+            "model/test_llava.py::test_llava_hf_goes_out",
+        ),
+    ],
+    "model/llava_folder.py": [
+        (
+            "tensor[:num_rows] if name in",
+            "tensor if name in",
+            "model/test_llava.py::test_llavas_own_layout_comes_in_and_goes_out",
+        ),
+        (
+            '"LlavaImageProcessor" if is_padded else plain',
+            "plain",
+            "model/test_llava.py::test_llava_hf_goes_out[pad-llama-clip]",
+        ),
+    ],
+    "pipeline/data/template_choice.py": [
+        ('[("system", SYSTEM)] * has_system', "[]", "pipeline/data/test_template_choice.py"),
+    ],
     "model/hf/image_processing_saisa.py": [
         ("(images.float() / scale - mean) / std", "(images.float() / scale - mean)", "model/test_image_processing.py"),
         ("(width - crop_width) // 2, (height", "(width - crop_width), (height", "model/test_image_processing.py"),

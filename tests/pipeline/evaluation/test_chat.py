@@ -12,11 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from common.console import command
-from pipeline import import_hf
 from pipeline.evaluation import chat
 from pipeline.evaluation.conversation import load_chat
 from tests.hf_compat.make_folder import make_export
-from tests.hf_compat.tiny import save_llm, save_vision
 
 QUESTION = "What is the colour of the square?"
 
@@ -96,28 +94,3 @@ def test_errors_are_one_line(export: Path, images: list[Path], tmp_path: Path) -
         assert result.exit_code == 1, result.output
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert run(chat.main, "--model", export, "--question", " ").exit_code == 2
-
-
-def test_import_command(tmp_path: Path) -> None:
-    save_llm(tmp_path / "llm", "llama_3")
-    save_vision(tmp_path / "clip", "clip")
-    folders = ("--vision", tmp_path / "clip", "--out", tmp_path / "base")
-    done = run(import_hf.main, "--llm", tmp_path / "llm", *folders, "--template", "llama_3")
-    assert done.exit_code == 0, done.output
-    assert "3 layers of width 32, 4 visual tokens an image (clip_vision_model), template llama_3" in done.stdout
-    assert "<|eot_id|>" in (tmp_path / "base" / "chat_template.jinja").read_text()
-    assert '"eos_token_id": [\n    2,\n    3\n  ]' in (tmp_path / "base" / "generation_config.json").read_text()
-
-
-def test_import_command_errors(tmp_path: Path) -> None:
-    folders = ("--vision", tmp_path / "clip", "--out", tmp_path / "base")
-    for arguments, code, message in (
-        (folders, 2, "give either --llm"),
-        (("--llm", tmp_path, *folders, "--template", "v2"), 2, "--template 'v2' must be one of plain, v1"),
-        (("--llm", tmp_path, *folders, "--projector", "mpl"), 2, "--projector 'mpl' must be one of mlp, linear"),
-        (("--release", tmp_path, *folders, "--projector", "linear"), 2, "a release has its own"),
-        (("--llm", tmp_path, *folders), 1, "no tokenizer files"),
-    ):
-        result = run(import_hf.main, *arguments)
-        assert result.exit_code == code, result.output
-        assert message in result.stderr and result.stderr.count("\n") == 1
