@@ -25,6 +25,8 @@ from model.llava_source import ENCODER_INSIDE
 
 MAX_SHARD_BYTES = 2_000_000_000
 TOWER = "model.vision_tower."
+HELD = {"llava-hf": ("mlp",), "llava": ("mlp", "linear")}
+"""The projectors that a format can hold."""
 LANGUAGE_MODEL_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -54,7 +56,7 @@ def check_llava(config: SaisaConfig, form: str) -> None:
     width = config.num_attention_heads * config.head_dim
     problems = {
         f"model.architecture={config.architecture!r}": config.architecture != "llava",
-        f"model.projector={config.projector_type!r}": form == "llava-hf" and config.projector_type != "mlp",
+        f"model.projector={config.projector_type!r}": config.projector_type not in HELD[form],
         f"a {vision}": form == "llava" and not vision.startswith("clip"),
         "a Qwen2": form == "llava" and config.attention_bias,
         f"attention heads of {width} in all and hidden_size={config.hidden_size}": form == "llava"
@@ -62,7 +64,8 @@ def check_llava(config: SaisaConfig, form: str) -> None:
     }
     for what, is_there in problems.items():
         if is_there:
-            other = "llava-hf" if form == "llava" and config.architecture == "llava" else "saisa"
+            other = "llava-hf" if form == "llava" and config.projector_type in HELD["llava-hf"] else "saisa"
+            other = other if config.architecture == "llava" else "saisa"
             raise ValueError(f"FORMAT={form} cannot hold {what}; export with FORMAT={other} (--format {other})")
 
 

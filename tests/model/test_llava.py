@@ -402,6 +402,11 @@ def test_an_encoder_that_is_not_what_it_says_is_refused(llava: tuple[Path, Path]
             "FORMAT=llava cannot hold model.architecture='naavit'; .* FORMAT=saisa",
         ),
         (write_llava_hf, {"projector_type": "linear"}, "FORMAT=llava-hf cannot hold model.projector='linear'"),
+        (
+            write_llava,
+            {"projector_type": "resampler"},
+            "FORMAT=llava cannot hold .*'resampler'; export with FORMAT=saisa",
+        ),
         (write_llava, {"attention_bias": True}, "FORMAT=llava cannot hold a Qwen2; export with FORMAT=llava-hf"),
         (write_llava, {"head_dim": 16}, "cannot hold attention heads of 64 in all and hidden_size=32"),
     ],
