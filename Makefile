@@ -1,7 +1,7 @@
 # SAISA. `make help` lists what there is; every target is `python -m <module>` underneath.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-gpu bench-gpu gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat layer-contribution flops-table test-hf test-transformers5 test-lmms test-energon clean
+.PHONY: help setup demo compare test test-gpu bench-gpu bench-latency gpu-report trace roofline mutants soak lint shards verify report stream-check import-hf tiny-base train preview submit export evaluate chat layer-contribution flops-table test-hf test-transformers5 test-lmms test-energon clean
 
 PYTHON := .venv/bin/python
 # Libraries warn at import about what is not installed here; our own messages are not warnings.
@@ -51,6 +51,9 @@ test-gpu: setup ## [ARGS="-k fp8"]: kernels, layers and training runs on one GPU
 
 bench-gpu: setup ## [ARGS="--json numbers.json"]: a layer against LLaVA's, attention kernels, FP8 and MFU at 7B widths, on one GPU
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+bench-latency: setup ## [ARGS="--hidden-size 4096 --layers 32 --device cuda"]: how long saisa and llava read a prompt with an image, CPU or GPU
+	$(PYTHON) -m benchmarks.latency $(ARGS)
 
 trace: setup ## CONFIG=x.yaml [ARGS="--world 64 --samples 8"]: what a step asks of a GPU that is not there: memory, kernels, waits
 	$(call need,CONFIG)

@@ -66,7 +66,9 @@ def even_pack(num_samples: int, num_text: int, num_images: int, num_tokens: int)
     )
 
 
-def time_together(passes: Mapping[str, Pass], device: torch.device, rounds: int) -> dict[str, list[float]]:
+def time_together(
+    passes: Mapping[str, Pass], device: torch.device, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Returns the seconds of each pass in each round; their order turns around with every round."""
 
     def finish() -> None:
@@ -77,10 +79,10 @@ def time_together(passes: Mapping[str, Pass], device: torch.device, rounds: int)
     for number in range(WARM_UP + rounds):
         for name in list(passes)[:: -1 if number % 2 else 1]:
             finish()
-            started = time.perf_counter()
+            started = clock()
             passes[name]()
             finish()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: times[WARM_UP:] for name, times in seconds.items()}
 
 

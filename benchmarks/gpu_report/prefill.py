@@ -1,54 +1,67 @@
 """An export and transformers' own LLaVA with the same language model and encoder, both with made-up weights."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from model.compute import compute_dtype
 from model.config import ComputeConfig, ModelConfig
-from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
+from model.hf_sizes import hf_config
+
+LLM_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "attention_bias",
+    "tie_word_embeddings",
+)
+"""Of an export's configuration, what transformers' own language model has by the same names."""
 
 
 def build_models(model: ModelConfig, compute: ComputeConfig, device: torch.device) -> dict[str, PreTrainedModel]:
     """Returns both models on the device; the last id of the vocabulary stands for an image's token."""
-    v = model.vision
-    text: dict[str, Any] = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_positions,
+    return {
+        "saisa": made_up(SaisaForConditionalGeneration, hf_config(model), compute, device),
+        "llava": made_up(LlavaForConditionalGeneration, llava_config(model), compute, device),
     }
-    vision = CLIPVisionConfig(
-        hidden_size=v.hidden_size,
-        intermediate_size=v.usual_ffn_hidden_size,
-        num_hidden_layers=v.num_layers,
-        num_attention_heads=max(1, v.hidden_size // 64),
-        image_size=v.image_size,
-        patch_size=v.patch_size,
+
+
+def llava_config(model: ModelConfig) -> LlavaConfig:
+    """Returns the configuration of transformers' LLaVA of a model's sizes."""
+    ours = hf_config(model)
+    text = LlamaConfig(**{name: getattr(ours, name) for name in LLM_FIELDS})
+    return LlavaConfig(
+        ours.vision_config,
+        text,
+        image_token_index=ours.image_token_id,
+        vision_feature_layer=ours.vision_select_layer,
+        vision_feature_select_strategy="default" if model.vision.type == "clip" else "full",
     )
-    image = model.vocab_size - 1
+
+
+def made_up(
+    kind: type[PreTrainedModel], config: PretrainedConfig, compute: ComputeConfig, device: torch.device
+) -> PreTrainedModel:
+    """Returns a model on the device with made-up weights."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(compute_dtype(compute))
     try:
         with device:
-            llava = LlavaConfig(vision, LlamaConfig(**text), image_token_index=image, vision_feature_layer=-2)
-            saisa = SaisaConfig(**text, vision_config=vision, image_token_id=image)
-            models: dict[str, PreTrainedModel] = {
-                "saisa": SaisaForConditionalGeneration(saisa),
-                "llava": LlavaForConditionalGeneration(llava),
-            }
+            built = kind(config)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
-        for parameter in (parameter for built in models.values() for parameter in built.parameters()):
+        for parameter in built.parameters():
             parameter.normal_(std=0.02)
-    return {name: built.eval().requires_grad_(False) for name, built in models.items()}
+    return built.eval().requires_grad_(False)
 
 
 def prompt(

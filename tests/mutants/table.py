@@ -579,6 +579,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
             "pipeline/test_paper_tables.py",
         ),
     ],
+    "benchmarks/latency.py": [
+        ("time - encoder for", "time for", "benchmarks/test_latency.py"),
+        ("on_cpu and num_prompts == 1", "num_prompts == 1", "benchmarks/test_latency.py"),
+    ],
     "pipeline/evaluation/contribution.py": [
         ('config.frozen_layers = "shortv", sorted(layers)', 'config.frozen_layers = "llava", []', CONTRIBUTION),
         ('if direction == "frozen-original"', 'if direction != "frozen-original"', CONTRIBUTION),
