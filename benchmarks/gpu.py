@@ -134,7 +134,7 @@ def pass_flops(model: ModelConfig, pack: Pack) -> int:
     kind = model.layers[model.num_layers // 2]
     p = matrix_products(model, pack.text_lengths[0], pack.visual_lengths[0], 0, kind.update)
     projector = projector_training_flops(p) if kind.is_projected else 0
-    return len(pack.text_lengths) * (layer_training_flops(p, "finetune") + projector)
+    return len(pack.text_lengths) * (layer_training_flops(p, num_passes=3) + projector)
 
 
 def compare_with_llava(

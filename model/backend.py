@@ -194,6 +194,27 @@ class LayerBuilder:
         cast(Any, norm.weight).sequence_parallel = self.config.sequence_parallel
         return norm
 
+    def layer_norm(self) -> Module:
+        """Returns a LayerNorm over the hidden features, with torch's epsilon."""
+        norm = torch.nn.LayerNorm(self.config.hidden_size, dtype=self.config.params_dtype)
+        for parameter in norm.parameters():
+            cast(Any, parameter).sequence_parallel = self.config.sequence_parallel
+        return norm
+
+    def head_norm(self) -> Module:
+        """Returns an RMSNorm over the features of a head, of which each rank has some.
+
+        Megatron-core adds up the gradients of what is called `q_layernorm` or `k_layernorm`, with `qk_layernorm`.
+        """
+        assert self.config.kv_channels is not None
+        return torch.nn.RMSNorm(self.config.kv_channels, self.config.layernorm_epsilon, dtype=self.config.params_dtype)
+
+    def gate(self) -> torch.nn.Parameter:
+        """Returns a number that all rows are multiplied by, in its tanh."""
+        gate = torch.nn.Parameter(torch.zeros(1, dtype=self.config.params_dtype))
+        cast(Any, gate).sequence_parallel = self.config.sequence_parallel
+        return gate
+
     def embedding(self, vocab_size: int) -> VocabParallelEmbedding:
         """Returns the token embedding, divided by vocabulary over the tensor-parallel group.
 

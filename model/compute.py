@@ -46,6 +46,7 @@ def build_transformer_config(
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.cross_attention == "llama_3_2",  # of its blocks
         bias_activation_fusion=False,
         use_te_activation_func=has_fused_kernels(compute, compute_dtype(compute)),
         apply_rope_fusion=has_fused_kernels(compute, compute_dtype(compute)),

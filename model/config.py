@@ -7,13 +7,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model.hf.family_saisa import Architecture, LayerKind, layer_kinds
+from model.hf.family_saisa import NUM_LATENTS, Architecture, CrossAttention, LayerKind, layer_kinds
 
 ProjectorKind = Literal["mlp", "linear", "resampler"]
 RESAMPLER_TOKENS = 256
 Phase = Literal["pretrain", "finetune"]
 """Of training: stage 1 or stage 2 of the paper (a stage without more words is one of the pipeline)."""
-FAMILY = ("architecture", "block_size", "frozen_layers")
+FAMILY = ("architecture", "block_size", "frozen_layers", "cross_attention", "cross_attention_every")
 """Settings of a model that say what becomes of visual tokens."""
 PROJECTOR = ("projector", "resampler_tokens")
 """Those that say what a projector is."""
@@ -64,6 +64,10 @@ class ModelConfig(Section):
     architecture: Architecture = Field(default="saisa", description="what layers do with visual tokens")
     block_size: int = Field(default=1, gt=0, description="saisa: layers that share one projector and visual input")
     frozen_layers: tuple[int, ...] = Field(default=(), description="shortv: layers that leave visual tokens unchanged")
+    cross_attention: CrossAttention | None = Field(default=None, description="flamingo: what its blocks are made of")
+    cross_attention_every: int | None = Field(
+        default=None, gt=0, description="flamingo: layers for each block; it stands before the last of them"
+    )
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
@@ -77,7 +81,11 @@ class ModelConfig(Section):
     qkv_bias: bool = False
     tie_embeddings: bool = False
     projector: ProjectorKind = Field(default="mlp", description="table 7 of the paper compares the three")
-    resampler_tokens: int = Field(default=RESAMPLER_TOKENS, gt=0, description="resampler: visual tokens of an image")
+    resampler_tokens: int = Field(
+        default_factory=lambda known: _usual_latents(known.get("cross_attention")),
+        gt=0,
+        description="resampler: visual tokens of an image; open_flamingo has one too, with 64",
+    )
     pretrain_projectors: Literal["shared", "own"] = Field(
         default="shared", description="what stage 1 trains: one projector for all layers, or each layer's own (saisa)"
     )
@@ -86,12 +94,19 @@ class ModelConfig(Section):
     @property
     def layers(self) -> tuple[LayerKind, ...]:
         """What each layer does with visual tokens."""
-        return layer_kinds(self.architecture, self.num_layers, self.frozen_layers, self.block_size)
+        return layer_kinds(
+            self.architecture, self.num_layers, self.frozen_layers, self.block_size, self.cross_attention_every
+        )
 
     @property
     def num_tokens_per_image(self) -> int:
         """Visual tokens that an image is in a sequence; a projector may make fewer than the encoder has."""
-        return self.resampler_tokens if self.projector == "resampler" else self.vision.num_tokens
+        return self.resampler_tokens if self.is_resampled else self.vision.num_tokens
+
+    @property
+    def is_resampled(self) -> bool:
+        """Whether the visual tokens of an image are learned latents."""
+        return self.projector == "resampler" or self.cross_attention == "open_flamingo"
 
     @property
     def num_own_projectors(self) -> int:
@@ -102,6 +117,36 @@ class ModelConfig(Section):
         """Whether one projector outside the layers serves all: in stage 1 by default, and where none has one."""
         return (phase == "pretrain" and self.pretrain_projectors == "shared") or not self.num_own_projectors
 
+    def trains_language_model(self, phase: Phase) -> bool:
+        """Whether a phase trains all but the encoder; if not, what stands between that and the language model."""
+        return phase == "finetune" and self.architecture != "flamingo"
+
+    @model_validator(mode="after")
+    def _check_cross_attention(self) -> Self:
+        settings = {name: getattr(self, name) for name in ("cross_attention", "cross_attention_every")}
+        for name, value in settings.items():
+            if value is not None and self.architecture != "flamingo":
+                raise ValueError(
+                    f"model.{name}={value} is for model.architecture=flamingo; use that, or remove it: "
+                    f"{self.architecture} has no blocks of cross-attention"
+                )
+            if value is None and self.architecture == "flamingo":
+                raise ValueError(
+                    f"model.architecture=flamingo needs model.{name}; use model.cross_attention=open_flamingo or "
+                    "llama_3_2, and model.cross_attention_every=4 as they do"
+                )
+        if self.cross_attention_every is not None and self.cross_attention_every > self.num_layers:
+            raise ValueError(
+                f"model.cross_attention_every={self.cross_attention_every} must be at most "
+                f"model.num_layers={self.num_layers}, or no layer has a block"
+            )
+        if self.cross_attention == "open_flamingo" and self.projector != "mlp":
+            raise ValueError(
+                f"model.projector={self.projector} with model.cross_attention=open_flamingo, whose resampler takes its "
+                "place: remove it, or use model.cross_attention=llama_3_2"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.block_size != 1 and self.architecture != "saisa":
@@ -109,7 +154,7 @@ class ModelConfig(Section):
                 f"model.block_size={self.block_size} is for model.architecture=saisa, whose layers have projectors; "
                 f"{self.architecture} has one, in front: remove it"
             )
-        if self.resampler_tokens != RESAMPLER_TOKENS and self.projector != "resampler":
+        if self.resampler_tokens != RESAMPLER_TOKENS and not self.is_resampled:
             raise ValueError(
                 f"model.resampler_tokens={self.resampler_tokens} is for model.projector=resampler; use that, or remove "
                 f"it: with {self.projector} an image has the encoder's {self.vision.num_tokens} tokens"
@@ -143,6 +188,10 @@ class ModelConfig(Section):
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of features")
         return self
+
+
+def _usual_latents(cross_attention: CrossAttention | None) -> int:
+    return NUM_LATENTS if cross_attention == "open_flamingo" else RESAMPLER_TOKENS
 
 
 class ComputeConfig(Section):
@@ -217,6 +266,8 @@ def model_config_from_hf(config: Any) -> ModelConfig:
         "architecture": config.architecture,
         "block_size": config.block_size,
         "frozen_layers": tuple(config.frozen_layers),
+        "cross_attention": config.cross_attention,
+        "cross_attention_every": config.cross_attention_every,
         "vision": {
             "type": "siglip" if "siglip" in vision["model_type"] else "clip",
             "hidden_size": vision["hidden_size"],
@@ -233,9 +284,9 @@ def differences(stated: ModelConfig, found: ModelConfig, has_projectors: bool) -
     """Returns one line for each setting in which the run's model and a folder's model differ.
 
     What becomes of visual tokens is for the run to say where the folder has no projectors, and where it has one in
-    front, among the architectures that have that.
+    front and nothing else, among the architectures that have that.
     """
-    is_free = not has_projectors or not (stated.num_own_projectors or found.num_own_projectors)
+    is_free = not has_projectors or not any(m.num_own_projectors or m.cross_attention for m in (stated, found))
     free = {"vision", "pretrain_projectors", *(FAMILY if is_free else ()), *(() if has_projectors else PROJECTOR)}
     pairs = [("model", stated, found), ("model.vision", stated.vision, found.vision)]
     return [

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.config import ModelConfig, Phase, VisionConfig
+from model.flamingo_flops import block_flops, blocks_flops
+from model.flamingo_weights import num_block_parameters
 from model.hf.family_saisa import Update
 from model.parallel import padded_vocab_size
 from model.projectors import projector_plan
@@ -26,8 +28,9 @@ class ParameterCounts:
     """Parameters of the model without the vision encoder.
 
     Attributes:
-        projectors: n projectors, or the one that all layers share.
-        layers: all layers, without projectors.
+        projectors: n projectors, or the one that all layers share, or a resampler.
+        blocks: cross-attention blocks between the layers.
+        layers: all layers, without projectors and blocks.
         embedding: the token embedding.
         head: the output layer; 0 where it is tied to the embedding.
         final_norm: the norm before the head.
@@ -35,6 +38,7 @@ class ParameterCounts:
     """
 
     projectors: int
+    blocks: int
     layers: int
     embedding: int
     head: int
@@ -44,7 +48,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """All of them."""
-        return self.projectors + self.layers + self.embedding + self.head + self.final_norm
+        return self.projectors + self.blocks + self.layers + self.embedding + self.head + self.final_norm
 
 
 def num_projectors(model: ModelConfig, phase: Phase) -> int:
@@ -62,15 +66,19 @@ def parameter_counts(model: ModelConfig, phase: Phase) -> ParameterCounts:
     bias = queries + keys_values if model.qkv_bias else 0
     layer = 2 * d + d * (2 * queries + keys_values) + bias + 3 * d * model.ffn_hidden_size
     vocabulary = padded_vocab_size(model) * d
-    projectors = projector_plan(model).num_parameters * num_projectors(model, phase)
-    counts = dict(
-        projectors=projectors,
+    projectors, blocks = (
+        projector_plan(model).num_parameters * num_projectors(model, phase),
+        num_block_parameters(model),
+    )
+    new = dict(projectors=projectors, blocks=blocks)
+    counts = new | dict(
         layers=model.num_layers * layer,
         embedding=vocabulary,
         head=0 if model.tie_embeddings else vocabulary,
         final_norm=d,
     )
-    return ParameterCounts(**counts, num_trained=projectors if phase == "pretrain" else sum(counts.values()))
+    trained = counts if model.trains_language_model(phase) else new
+    return ParameterCounts(**counts, num_trained=sum(trained.values()))
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,14 @@ def _updates(model: ModelConfig) -> Counter[Update]:
     return Counter(kind.update for kind in model.layers)
 
 
+def layer_products[Count: (int, np.ndarray)](
+    model: ModelConfig, num_text: Count, num_visual: Count, num_targets: Count, update: Update = "none"
+) -> MatrixProducts[Count]:
+    """Returns what `matrix_products` does for a layer of the language model, which in `flamingo` sees text alone."""
+    num_seen = num_visual * 0 if model.cross_attention else num_visual
+    return matrix_products(model, num_text, num_seen, num_targets, update)
+
+
 def forward_flops[Count: (int, np.ndarray)](
     model: ModelConfig,
     num_text: Count,
@@ -139,9 +155,9 @@ def forward_flops[Count: (int, np.ndarray)](
     p = matrix_products(model, *sizes)
     total = num_projectors(model, phase) * (p.projector_in + p.projector_out) + p.head
     for update, count in _updates(model).items():
-        p = matrix_products(model, *sizes, update)
+        p = layer_products(model, *sizes, update)
         total = total + count * (p.linear_q + p.linear_other + p.attention)
-    return total
+    return total + blocks_flops(model, num_text, num_visual)
 
 
 def training_flops[Count: (int, np.ndarray)](
@@ -152,14 +168,21 @@ def training_flops[Count: (int, np.ndarray)](
     A linear layer costs its forward again for the gradient of its input, and again for that of its weight; attention
     costs its forward twice more, for the gradients of both products' two inputs. What is frozen has no weight gradient,
     and the vision features no gradient at all. In stage 1 gradients still pass the whole language model on their way to
-    the projector, but for the queries of text in the first layer: nothing before them is trained.
+    the projector, but for the queries of text in the first layer: nothing before them is trained. In `flamingo` they
+    pass, in both stages, the layers behind the first block.
     Source: PaLM (arXiv 2204.02311, appendix B) for what model FLOPs are, and 2 x forward for a backward pass.
     """
     sizes = (num_text, num_visual, num_targets)
     p = matrix_products(model, *sizes)
-    total = num_projectors(model, phase) * projector_training_flops(p) + passes(phase) * p.head
-    for update, count in _updates(model).items():
-        total = total + count * layer_training_flops(matrix_products(model, *sizes, update), phase)
+    total = num_projectors(model, phase) * projector_training_flops(p) + passes(model, phase) * p.head
+    kinds: Counter[tuple[Update, bool]] = Counter(
+        (kind.update, _is_below_blocks(model, number)) for number, kind in enumerate(model.layers)
+    )
+    for (update, is_below), count in kinds.items():
+        p = layer_products(model, *sizes, update)
+        total = total + count * layer_training_flops(p, 1 if is_below else passes(model, phase))
+    if model.cross_attention:
+        return total + 3 * blocks_flops(model, num_text, num_visual)
     if phase == "pretrain" and (first := model.layers[0].update) != "full":
         p = matrix_products(model, *sizes, first)
         # One of the six products of attention, each half of a forward pass's, makes the gradient of the queries.
@@ -167,9 +190,14 @@ def training_flops[Count: (int, np.ndarray)](
     return total
 
 
-def passes(phase: Phase) -> int:
-    """Returns how often a training step does a product: forward, for its input's gradient, and for its weight's."""
-    return 3 if phase == "finetune" else 2
+def _is_below_blocks(model: ModelConfig, layer: int) -> bool:
+    """Whether nothing before a layer's end is trained, so that no gradient comes so far."""
+    return layer < (model.cross_attention_every or 1) - 1
+
+
+def passes(model: ModelConfig, phase: Phase) -> int:
+    """Returns how often a step does a product of the LLM: forward, for its input's gradient, and for its weight's."""
+    return 3 if model.trains_language_model(phase) else 2
 
 
 def projector_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[Count]) -> Count:
@@ -177,9 +205,10 @@ def projector_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[
     return 2 * products.projector_in + 3 * products.projector_out
 
 
-def layer_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[Count], phase: Phase) -> Count:
-    """Returns the FLOPs of one layer without projector, forward and backward."""
-    return passes(phase) * (products.linear_q + products.linear_other) + 3 * products.attention
+def layer_training_flops[Count: (int, np.ndarray)](products: MatrixProducts[Count], num_passes: int) -> Count:
+    """Returns the FLOPs of one layer without projector and block, forward and, with more than one pass, backward."""
+    attention = 3 * products.attention if num_passes > 1 else products.attention
+    return num_passes * (products.linear_q + products.linear_other) + attention
 
 
 def stage_costs(
@@ -190,13 +219,15 @@ def stage_costs(
     A projector that all stages have is in none of them.
     """
     sizes = (num_text, num_visual, num_targets)
-    own, shared = model.num_own_projectors > 0, model.shares_projector(phase)
+    own, shared, num_passes = model.num_own_projectors > 0, model.shares_projector(phase), passes(model, phase)
     costs = []
     for number, kind in enumerate(model.layers):
-        p = matrix_products(model, *sizes, kind.update)
-        has_projector = (kind.is_projected and not shared) or (number == 0 and not own)
-        costs.append(layer_training_flops(p, phase) + (projector_training_flops(p) if has_projector else 0))
-    return costs, passes(phase) * matrix_products(model, *sizes).head
+        p = layer_products(model, *sizes, kind.update)
+        has_projector = (kind.is_projected and not shared) or (number == 0 and kind.takes_from_below and not own)
+        cost = layer_training_flops(p, 1 if _is_below_blocks(model, number) else num_passes)
+        cost = cost + (projector_training_flops(p) if has_projector else 0)
+        costs.append(cost + (3 * block_flops(model, num_text, num_visual) if kind.shown == "block" else 0))
+    return costs, num_passes * matrix_products(model, *sizes).head
 
 
 def encoder_forward_flops(vision: VisionConfig, ffn_hidden_size: int) -> int:

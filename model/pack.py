@@ -149,6 +149,18 @@ class Pack:
         return InOrder(torch.from_numpy(rows_S), torch.from_numpy(rows_S.argsort()), pack)
 
     @cached_property
+    def text_alone(self) -> "Pack":
+        """The samples without their images, at the positions that their text has then, on this pack's device.
+
+        It is for attention alone: it has no tokens and no targets.
+        """
+        if self.on_cpu is not self:
+            return self.on_cpu.text_alone.to(self.positions_T.device)
+        nothing = self.image_positions[:0]
+        positions = [torch.arange(length) for length in self.text_lengths]
+        return Pack(nothing, torch.cat(positions), nothing, nothing, self.text_lengths, [0] * len(positions), 1)
+
+    @cached_property
     def segments(self) -> Segments:
         """The variable-length sequences of a flash kernel, on this pack's device."""
         if self.on_cpu is self:

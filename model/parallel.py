@@ -16,6 +16,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from model.config import ModelConfig, Phase, Section
+from model.hf.family_saisa import NUM_HEADS
 
 VOCABULARY_MULTIPLE = 128  # rows of embedding and head, whatever tp is, so that checkpoints fit every topology
 
@@ -104,6 +105,9 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         "ffn_hidden_size": model.ffn_hidden_size,
         "hidden_size": model.hidden_size,
     }
+    if model.cross_attention == "open_flamingo":
+        divided["cross_attention=open_flamingo's num_heads"] = NUM_HEADS
+        divided["vision.hidden_size"] = model.vision.hidden_size
     legal = [tp for tp in range(1, model.num_query_groups + 1) if not any(size % tp for size in divided.values())]
     legal = [tp for tp in legal if VOCABULARY_MULTIPLE % tp == 0]
     for name, size in divided.items():

@@ -37,10 +37,10 @@ from torch.nn import ModuleDict
 from model.attention import Rotary, rotary_table
 from model.backend import LayerBuilder
 from model.config import ModelConfig
-from model.layers import Projector, SaisaLayer
+from model.layers import SaisaLayer
 from model.pack import Pack
 from model.parallel import Stage, padded_vocab_size
-from model.updates import build_layer
+from model.updates import build_front, build_layer
 
 
 class SaisaModel(MegatronModule):
@@ -71,10 +71,13 @@ class SaisaModel(MegatronModule):
         self.share_embeddings_and_output_weights = False  # over stages: tied embeddings are refused there
         self.input_tensor: Tensor | None = None
         self.num_row_parts = groups.tp.size() if config.sequence_parallel else 1
-        self.takes_features = stage.is_first or any(model.layers[number].is_projected for number in stage.layers)
+        kinds = [model.layers[number] for number in stage.layers]
+        self.takes_features = any(kind.takes_features for kind in kinds) or (
+            stage.is_first and kinds[0].takes_from_below
+        )
         self.builder = builder = LayerBuilder(config, groups.tp)
         self.embedding = builder.embedding(padded_vocab_size(model)) if stage.is_first else None
-        self.shared_projector = Projector(builder, model) if shared_projector else None
+        self.shared_projector = build_front(builder, model) if shared_projector else None
         self.layers = ModuleDict()  # by number in the whole model, so that names are the same at any split
         for number in stage.layers:
             with builder.fp8_at_creation(number):
@@ -113,7 +116,7 @@ class SaisaModel(MegatronModule):
         """Returns the text states [T, D] that leave this stage, and the visual ones [I, D] that the next one takes."""
         text_TD, visual = self.input_states(pack)
         rotary_S1H = rotary_table(
-            pack.key_positions_S,
+            (pack.text_alone if self.model.cross_attention else pack).key_positions_S,
             self.model.head_dim,
             self.model.rope_theta,
             self.config.params_dtype,
@@ -134,6 +137,8 @@ class SaisaModel(MegatronModule):
                     text_TD = rows
                 else:
                     visual, text_TD = rows.tensor_split([len(rows) - len(text_TD)])
+        if not self.takes_features and visual is features:  # a stage of flamingo without blocks
+            text_TD = torch.cat([features.reshape(0, text_TD.shape[1]), text_TD])
         if self.final_norm is not None:
             return self.final_norm(text_TD), None
         return text_TD, visual if self._carries(self.stage.layers.stop) else None
@@ -203,7 +208,7 @@ class SaisaModel(MegatronModule):
 
     def _carries(self, layer: int) -> bool:
         """Whether there is a layer that takes its visual tokens from the one below."""
-        return layer < self.model.num_layers and not self.model.layers[layer].is_projected
+        return layer < self.model.num_layers and self.model.layers[layer].takes_from_below
 
     def _project_once(self, features_IC: Tensor, pack: Pack) -> Tensor:
         """Returns the visual tokens [I, D] of the projector that all stages have; on one that takes no features none.

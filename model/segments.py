@@ -128,15 +128,30 @@ def split_at_images(ranges: KeyRanges) -> Segments:
     ends = np.append(starts[1:], num_text)
     visual_starts, visual_ends = ranges.visual_start_T[starts], ranges.visual_end_T[starts]
     text_starts = ranges.text_start_T[starts]
-    # Each segment's keys are two runs of rows, visual then text: run by run, the first row and how many.
-    firsts = np.stack([visual_starts, text_starts + ranges.num_visual], axis=1).ravel()
-    counts = np.stack([visual_ends - visual_starts, ends - text_starts], axis=1).ravel()
+    return segments_of(
+        num_queries=ends - starts,
+        firsts=np.stack([visual_starts, text_starts + ranges.num_visual], axis=1),
+        counts=np.stack([visual_ends - visual_starts, ends - text_starts], axis=1),
+        num_rows=ranges.num_keys,
+    )
+
+
+def segments_of(num_queries: np.ndarray, firsts: np.ndarray, counts: np.ndarray, num_rows: int) -> Segments:
+    """Returns segments by their queries and the runs of rows that are their keys, on the CPU.
+
+    Args:
+        num_queries: int64[segments].
+        firsts: int64[segments, runs] the first row of each run.
+        counts: int64[segments, runs] how many rows.
+        num_rows: of which these are some.
+    """
+    num_keys = counts.sum(axis=1)
+    firsts, counts = firsts.ravel(), counts.ravel()
     offsets = np.cumsum(counts) - counts
     key_indices = np.arange(counts.sum()) + np.repeat(firsts - offsets, counts)
-    last_copies = np.full(ranges.num_keys, -1)
+    last_copies = np.full(num_rows, -1)
     last_copies[key_indices] = np.arange(len(key_indices))  # in order: the last one stays
     repeats = np.flatnonzero(last_copies[key_indices] != np.arange(len(key_indices)))
-    num_queries, num_keys = ends - starts, counts[0::2] + counts[1::2]
     return Segments(
         cu_seqlens_q=_cumulative(num_queries),
         cu_seqlens_k=_cumulative(num_keys),

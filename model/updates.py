@@ -9,7 +9,8 @@ from torch import Tensor
 from model.attention import Rotary, attention, rotate
 from model.backend import LayerBuilder
 from model.config import ModelConfig
-from model.layers import NaavitAttention, SaisaLayer
+from model.flamingo import FlamingoLayer, Front
+from model.layers import NaavitAttention, Projector, SaisaLayer
 from model.pack import Pack
 
 
@@ -58,11 +59,18 @@ class UpdatingLayer(SaisaLayer):
         return rows_SD + self.mlp(self.post_attention_norm(rows_SD))[0]
 
 
+def build_front(builder: LayerBuilder, model: ModelConfig) -> Projector | Front:
+    """Returns what stands in front of all layers where one serves all."""
+    return (Front if model.cross_attention == "open_flamingo" else Projector)(builder, model)
+
+
 def build_layer(
     builder: LayerBuilder, model: ModelConfig, number: int, own_projector: bool, backend: str
 ) -> SaisaLayer:
     """Returns a layer of the model by its number; without a projector if one outside the layers serves all."""
     kind = model.layers[number]
+    if kind.shown != "layer":
+        return FlamingoLayer(builder, model, backend, has_block=kind.shown == "block")
     attention = (CausalAttention if kind.update == "full" else NaavitAttention)(builder, model, backend)
     layer = SaisaLayer if kind.update == "none" else UpdatingLayer
     return layer(builder, model, attention, own_projector and kind.is_projected)

@@ -51,15 +51,21 @@ class _GatheredRows(torch.autograd.Function):
 
 
 def varlen_attention(
-    q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, segments: Segments, kernel: Literal["torch_varlen", "flash_attn"]
+    q_TNH: Tensor,
+    k_SGH: Tensor,
+    v_SGH: Tensor,
+    segments: Segments,
+    kernel: Literal["torch_varlen", "flash_attn"],
+    is_causal: bool = True,
 ) -> Tensor:
     """Returns [T, N, H]. The gathered keys and values, not those of S, are what is kept for the backward pass."""
     k_EGH, v_EGH = (_GatheredRows.apply(x, segments) for x in (k_SGH, v_SGH))
     offsets = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k)
     if kernel == "flash_attn":
         assert flash_attn_varlen_func is not None
-        return flash_attn_varlen_func(q_TNH, k_EGH, v_EGH, *offsets, causal=True)
+        return flash_attn_varlen_func(q_TNH, k_EGH, v_EGH, *offsets, causal=is_causal)
     # torch calls causal a window: everything to the left, nothing to the right of the (bottom-right) diagonal.
-    out_TNH = varlen_attn(q_TNH, k_EGH, v_EGH, *offsets, window_size=(-1, 0), **_GROUPED)
+    window = (-1, 0) if is_causal else (-1, -1)
+    out_TNH = varlen_attn(q_TNH, k_EGH, v_EGH, *offsets, window_size=window, **_GROUPED)
     assert isinstance(out_TNH, Tensor)  # a pair only where the log-sum-exp was asked for
     return out_TNH

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.console import count_text
 from model.config import ModelConfig
+from model.flamingo_weights import new_weights
 from model.hf_read import files_in_index, read_safetensors_file
 from model.projectors import projector_plan
 
@@ -103,6 +104,7 @@ def name_table(model: ModelConfig, num_image_rows: int = 0) -> list[Entry]:
             ]
         if model.layers[i].is_projected:
             entries += projector_entries(model, f"{ours}projector.", f"{theirs}mm_projector.")
+    entries += [Entry(weight.ours, weight.theirs, weight.num_groups) for weight in new_weights(model)]
     if not model.num_own_projectors:
         entries += projector_entries(model, SHARED, "model.mm_projector.")
     return entries
@@ -139,7 +141,9 @@ def random_projectors(model: ModelConfig, prefixes: Iterable[str], seed: int) ->
     """
     generator = torch.Generator().manual_seed(seed)
     for prefix, weight in product(prefixes, projector_plan(model).weights):
-        if weight.fan_in:
+        if weight.value is not None:
+            yield prefix + weight.ours, torch.full(weight.shape, weight.value)
+        elif weight.fan_in:
             bound = 1 / math.sqrt(weight.fan_in)
             yield prefix + weight.ours, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
         else:

@@ -204,6 +204,16 @@ class RunConfig(Section):
                 "model.pretrain_projectors=own: Transformer Engine gives no gradient where an input needs none, "
                 "as in the first layer; use compute.recompute=none"
             )
+        if self.compute.fp8_weights and not model.trains_language_model(self.phase):
+            raise ValueError(
+                "compute.fp8_weights=true with model.architecture=flamingo, whose language model stays as it is, and "
+                "checkpoints keep fp32 copies of trained weights alone; use compute.fp8_weights=false"
+            )
+        if self.compute.attention == "block" and model.cross_attention:
+            raise ValueError(
+                "compute.attention=block with model.architecture=flamingo: blocks of cross-attention have no such "
+                "kernel; use compute.attention=auto"
+            )
         if data.max_positions > model.max_positions:
             raise ValueError(
                 f"data.max_positions={data.max_positions} must be at most model.max_positions={model.max_positions}: "

@@ -4,6 +4,8 @@
 |----------|-------------------------------------------|-----------------------------------|
 | pretrain | the shared projector, or n projectors     | the language model, the encoder   |
 | finetune | n projectors and the language model       | the encoder                       |
+
+`flamingo` trains its blocks, and the resampler or projector in front of them, in both; all else is frozen.
 """
 
 import math
@@ -23,6 +25,7 @@ from torch.optim import Adam
 from model.backend import uses_transformer_engine
 from model.compute import DTYPES, compute_dtype
 from model.config import Phase
+from model.flamingo_weights import new_weights
 from model.saisa import SaisaModel
 from pipeline.config import OptimConfig, RunConfig
 
@@ -31,8 +34,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam and Transformer Engine's 
 
 def freeze(model: SaisaModel, phase: Phase) -> None:
     """Freezes what a phase of training does not train."""
+    trains_all, added = model.model.trains_language_model(phase), {weight.ours for weight in new_weights(model.model)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(phase == "finetune" or "projector." in name)
+        parameter.requires_grad_(trains_all or "projector." in name or name in added)
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:

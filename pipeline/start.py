@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from model import hf_read
 from model.config import PROJECTOR, ModelConfig, model_config_from_hf
+from model.flamingo_weights import random_blocks
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf_read import load_config
 from model.saisa import SaisaModel
@@ -57,14 +58,16 @@ def initial_parameters(config: RunConfig, model: SaisaModel, tp_group: ProcessGr
     table = [entry for entry in name_table(config.model, num_image_rows) if entry.ours in here]
     wanted = {name for entry in table for name in entry.theirs}
     stored = read_safetensors(config.init.base, lambda name: name in wanted)
-    tensors = chain(from_hf(stored, table), _projectors(config))
+    tensors = chain(from_hf(stored, table), _projectors(config, here))
     load_parameters(model, tensors, tp_group.rank(), tp_group.size())
 
 
-def _projectors(config: RunConfig) -> Iterator[Named]:
-    source = config.init.projector
+def _projectors(config: RunConfig, wanted: set[str]) -> Iterator[Named]:
+    """Returns the first values of what training adds to the base: projectors, and blocks if there are any."""
+    source, seed = config.init.projector, config.train.seed
     if source == "random":
-        return random_projectors(config.model, new_projectors(config.model), config.train.seed)
+        new = random_projectors(config.model, new_projectors(config.model), seed)
+        return chain(random_blocks(config.model, seed, wanted), new)
     if source == "base":
         return iter(())
     checkpoint = find_checkpoint(Path(source))
@@ -75,7 +78,8 @@ def _projectors(config: RunConfig) -> Iterator[Named]:
             f"init.projector={source}: holds a finetune, not a stage 1 run; export it and use it as init.base"
         )
     was, now = info["run"].get("model", {}), config.model.model_dump(mode="json")
-    names = [name for name in ("architecture", "block_size", *PROJECTOR) if was.get(name) != now[name]]
+    settings = ("architecture", "block_size", *PROJECTOR, "cross_attention", "cross_attention_every")
+    names = [name for name in settings if was.get(name) != now[name]]
     if names:
         told = "; ".join(f"model.{name} was {was.get(name)!r}, is {now[name]!r}" for name in names)
         raise ValueError(f"init.projector={source}: is of another model: {told}; run stage 1 with these settings")

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
-from .family_saisa import ARCHITECTURES, LayerKind, layer_kinds
+from .family_saisa import ARCHITECTURES, CROSS_ATTENTIONS, LayerKind, layer_kinds
 
 VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 PROJECTOR_TYPES = ("mlp", "linear", "resampler")
@@ -26,10 +26,12 @@ class SaisaConfig(PretrainedConfig):
         vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
         projector_type: "mlp" (Linear, GELU, Linear), "linear" or "resampler" (table 7 of the paper).
-        resampler_tokens: visual tokens that a resampler makes of an image.
+        resampler_tokens: visual tokens that a resampler makes of an image; by default 256, and 64 of "open_flamingo".
         architecture: what layers do with visual tokens, see `family_saisa`: "saisa", or one that it is compared with.
         block_size: layers that share one projector and visual input ("saisa").
         frozen_layers: layers that leave visual tokens unchanged ("shortv").
+        cross_attention: what blocks are made of, "open_flamingo" or "llama_3_2" ("flamingo").
+        cross_attention_every: layers for each block ("flamingo").
         vocab_size: ids that the model knows; in an export `image_token_id` is one of them.
         num_image_rows: how many of them an export added to the language model's, for the image token.
         image_token_id: the id that stands for one visual token in `input_ids`. Its embedding is never used.
@@ -58,10 +60,12 @@ class SaisaConfig(PretrainedConfig):
         vision_config: PretrainedConfig | dict[str, Any] | None = None,
         vision_select_layer: int = -2,
         projector_type: str = "mlp",
-        resampler_tokens: int = 256,
+        resampler_tokens: int | None = None,
         architecture: str = "saisa",
         block_size: int = 1,
         frozen_layers: list[int] | tuple[int, ...] = (),
+        cross_attention: str | None = None,
+        cross_attention_every: int | None = None,
         image_token_id: int = 32000,
         num_image_rows: int = 0,
         initializer_range: float = 0.02,
@@ -85,10 +89,12 @@ class SaisaConfig(PretrainedConfig):
         self.vision_config = _vision_config(vision_config)
         self.vision_select_layer = vision_select_layer
         self.projector_type = projector_type
-        self.resampler_tokens = resampler_tokens
+        self.resampler_tokens = resampler_tokens or (64 if cross_attention == "open_flamingo" else 256)
         self.architecture = architecture
         self.block_size = block_size
         self.frozen_layers = list(frozen_layers)
+        self.cross_attention = cross_attention
+        self.cross_attention_every = cross_attention_every
         self.num_image_rows = num_image_rows
         self.initializer_range = initializer_range
         self.use_cache = use_cache
@@ -96,6 +102,11 @@ class SaisaConfig(PretrainedConfig):
             raise ValueError(f"projector_type={projector_type!r} must be one of {', '.join(PROJECTOR_TYPES)}")
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} must be one of {', '.join(ARCHITECTURES)}")
+        if architecture == "flamingo" and not (cross_attention in CROSS_ATTENTIONS and cross_attention_every):
+            raise ValueError(
+                f"cross_attention={cross_attention!r} must be one of {', '.join(CROSS_ATTENTIONS)}, and "
+                f"cross_attention_every={cross_attention_every!r} a number of layers"
+            )
         num_layers = self.vision_config.num_hidden_layers
         if not -num_layers - 1 <= vision_select_layer <= num_layers:
             raise ValueError(
@@ -127,12 +138,18 @@ class SaisaConfig(PretrainedConfig):
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What each layer does with visual tokens."""
         architecture: Any = self.architecture
-        return layer_kinds(architecture, self.num_hidden_layers, tuple(self.frozen_layers), self.block_size)
+        return layer_kinds(
+            architecture,
+            self.num_hidden_layers,
+            tuple(self.frozen_layers),
+            self.block_size,
+            self.cross_attention_every,
+        )
 
     @property
     def num_image_tokens(self) -> int:
         """Visual tokens of one image: a resampler's, or the patches of the encoder's grid (without a class token)."""
-        if self.projector_type == "resampler":
+        if self.projector_type == "resampler" or self.cross_attention == "open_flamingo":
             return self.resampler_tokens
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 

@@ -125,6 +125,7 @@ class View(NamedTuple):
         slot_S: the cache's slots of the new keys.
         has_weights: work the attention weights out, instead of calling a kernel that never holds them.
         mask_B1SM: true where the row of any slot may see a key; only where visual tokens ask too.
+        seen: what rows see of the images in blocks of cross-attention; see `flamingo_saisa`.
     """
 
     rotary_BS2H: Tensor
@@ -132,6 +133,7 @@ class View(NamedTuple):
     slot_S: Tensor
     has_weights: bool
     mask_B1SM: Tensor | None = None
+    seen: Any = None
 
 
 def attend_without_weights(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, None]:

@@ -16,9 +16,10 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_saisa import SaisaConfig
+from .flamingo_saisa import Images, Perceiver, Seen, build_front
 from .generation_saisa import SaisaGenerationMixin
 from .layers_saisa import SaisaRMSNorm, Slots, View, rotary_table
-from .projectors_saisa import Resampler, build_projector
+from .projectors_saisa import Resampler
 from .updates_saisa import build_layer
 from .vision_saisa import STORED_NAMES, FrozenLinear, VisionTower, stored_name
 
@@ -36,8 +37,7 @@ class SaisaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        has_own = any(kind.is_projected for kind in config.layer_kinds)
-        self.mm_projector = None if has_own else build_projector(config)
+        self.mm_projector = build_front(config)
         self.layers = nn.ModuleList([build_layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SaisaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vision_tower = VisionTower(config.vision_config, config.vision_select_layer)
@@ -79,6 +79,13 @@ class SaisaModel(nn.Module):
             position_ids = (mask_BM.long().cumsum(dim=1) - 1).clamp(min=0)[:, slot_S]
         self._check_placeholders(visual_BS, pixels)
         features_NPC = None if pixels is None else self.vision_tower(pixels)
+        visual, images = features_NPC, None
+        if self.config.architecture == "flamingo":
+            images = Images.of(cache, len(visual_BS), visual_BS.device)
+            if features_NPC is not None:
+                assert self.mm_projector is not None
+                visual = images.add(visual_BS, slot_S, self.mm_projector(features_NPC), self.config.num_image_tokens)
+            mask_BM, position_ids = images.without(mask_BM, position_ids, slot_S)
         slots = Slots.find(visual_BS, 0 if pixels is None else len(pixels) * self.config.num_image_tokens)
 
         if inputs_embeds is not None:
@@ -94,8 +101,10 @@ class SaisaModel(nn.Module):
         rotary_BS2H = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, t_BTD.dtype)
         has_weights = output_attentions or self.config._attn_implementation == "eager"
         view = View(rotary_BS2H, mask_B1TM, slot_S, has_weights, mask_B1SM)
-        visual = features_NPC
-        if features_NPC is not None and self.mm_projector is not None:
+        if images is not None and images.slot_BK.shape[1]:
+            slot_BT = slots.gather(slot_S.expand_as(visual_BS))
+            view = view._replace(seen=Seen(images, slot_BT, self.config, is_kept=cache is not None))
+        elif features_NPC is not None and self.mm_projector is not None:
             visual = slots.place(self.mm_projector(features_NPC))
         hidden_states, attentions = [], []
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while the model drafts for itself
@@ -167,7 +176,7 @@ class SaisaForConditionalGeneration(SaisaGenerationMixin, PreTrainedModel, Gener
     config_class = SaisaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules: ClassVar = ["SaisaLayer", "UpdatingLayer", "VisionTower"]
+    _no_split_modules: ClassVar = ["SaisaLayer", "UpdatingLayer", "FlamingoLayer", "Perceiver", "VisionTower"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
@@ -202,7 +211,7 @@ class SaisaForConditionalGeneration(SaisaGenerationMixin, PreTrainedModel, Gener
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 nn.init.zeros_(bias)
-        if isinstance(module, Resampler):
+        elif isinstance(module, Resampler | Perceiver):
             nn.init.normal_(module.latents)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .configuration_saisa import SaisaConfig
+from .flamingo_saisa import FlamingoLayer
 from .layers_saisa import SaisaLayer, Slots, View
 
 
@@ -45,4 +46,7 @@ class UpdatingLayer(SaisaLayer):
 
 def build_layer(config: SaisaConfig, layer: int) -> SaisaLayer:
     """Returns a layer by its number."""
-    return (SaisaLayer if config.layer_kinds[layer].update == "none" else UpdatingLayer)(config, layer)
+    kind = config.layer_kinds[layer]
+    if kind.shown != "layer":
+        return FlamingoLayer(config, layer)
+    return (SaisaLayer if kind.update == "none" else UpdatingLayer)(config, layer)

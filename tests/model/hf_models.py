@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from model.config import model_config_from_hf
+from model.config import ModelConfig, model_config_from_hf
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.vision_saisa import stored_name
 from tests.hf_compat.tiny import SIZES, VISION, VOCAB, randomise
+from tests.model.flamingo_reference import flamingo_logits
 from tests.model.reference import reference_logits
 from tests.transformers_versions import encoder_inside
 
@@ -82,6 +83,27 @@ def reference(
             hidden = encoder(images, output_hidden_states=True).hidden_states[config.vision_select_layer]
         features = (hidden[:, 1:] if kind is CLIPVisionModel else hidden).flatten(0, 1).double()
     ids = torch.tensor(row)
+    if config.architecture == "flamingo":
+        return flamingo_reference(weights, model_config_from_hf(config), ids, features, trace)
     text, visual = (ids != IMAGE).nonzero()[:, 0], (ids == IMAGE).nonzero()[:, 0]
     sizes = model_config_from_hf(config)
     return reference_logits(weights, sizes, ids[text], text, features, visual, trace, rules)[:, :VOCAB]
+
+
+def flamingo_reference(
+    weights: dict[str, Tensor],
+    sizes: ModelConfig,
+    ids: Tensor,
+    features: Tensor,
+    trace: dict[str, list[Tensor]] | None = None,
+) -> Tensor:
+    """The same of cross-attention; attention weights are zero at placeholders."""
+    text = ids != IMAGE
+    before = ((~text).cumsum(0)[text] // V).tolist()
+    trace = {} if trace is None else trace
+    logits = flamingo_logits(weights, sizes, ids[text], list(features.split(4)), before, trace)
+    own = trace["weights"]
+    trace["weights"] = [own[0].new_zeros(*each.shape[:2], len(ids)) for each in own]
+    for wide, narrow in zip(trace["weights"], own, strict=True):
+        wide[..., text] = narrow
+    return logits[:, :VOCAB]

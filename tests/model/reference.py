@@ -6,13 +6,14 @@ An architecture is a rule for each layer, (where visual tokens come from, what t
     ("below", "ffn")          NAAViT
     ("below", "all")          LLaVA
     ("below", "nothing")      a frozen layer of ShortV
+    ("nowhere", "nothing")    a layer of Flamingo's language model; `before_layer` is where its blocks run
 
 With no layer that takes features, `model.mm_projector` stands in front of the first. Nothing is left out because
 nobody reads it. Weights are a dict with Hugging Face names. Nothing here is shared with the code under test.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def reference_logits(
     visual_positions: Tensor,
     trace: dict[str, list[Tensor]] | None = None,
     rules: Sequence[tuple[str, str]] | None = None,
+    before_layer: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Returns [t, V] for one sample: t text tokens at `positions`, features [i, C] at `visual_positions`.
 
@@ -82,10 +84,14 @@ def reference_logits(
     num_visual = len(visual_positions)
     repeat = model.num_attention_heads // model.num_query_groups
     state = weights["model.embed_tokens.weight"][tokens]
-    visual = project("model.mm_projector") if ("features" not in dict(rules)) else features
+    visual = project("model.mm_projector") if "below" in dict(rules) and "features" not in dict(rules) else features
+    if "nowhere" in dict(rules):
+        visual = state[:0]
     for i, (source, update) in enumerate(rules):
         layer = f"model.layers.{i}."
         trace["states"].append(state)
+        if before_layer is not None:
+            state = before_layer(i, state)
         if source == "features":
             visual = project(f"{layer}mm_projector")
         both = norm(torch.cat([visual, state]), f"{layer}input_layernorm.weight")

@@ -36,6 +36,9 @@ FAMILY = [
     {"block_size": 2} | RESAMPLER,
     {"pretrain_projectors": "own"},
     {"pretrain_projectors": "own", "block_size": 2},
+    {"architecture": "flamingo", "cross_attention": "open_flamingo", "cross_attention_every": 2},
+    {"architecture": "flamingo", "cross_attention": "llama_3_2", "cross_attention_every": 3, "projector": "linear"},
+    {"architecture": "flamingo", "cross_attention": "llama_3_2", "cross_attention_every": 1} | RESAMPLER,
 ]
 
 

@@ -20,6 +20,7 @@ RESAMPLER = {
     "resampler_tokens": V,
     "vision_config": VISION | {"model_type": "clip_vision_model", "patch_size": 7},
 }
+FLAMINGO = {"architecture": "flamingo"}  # whose reference has rules of its own
 FAMILY: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "llava": ({"architecture": "llava"}, [("below", "all")] * NUM_LAYERS),
     "naavit": ({"architecture": "naavit"}, [("below", "ffn")] * NUM_LAYERS),
@@ -36,6 +37,11 @@ FAMILY: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"block_size": 2},
         [("below" if layer % 2 else "features", "ffn") for layer in range(NUM_LAYERS)],
     ),
+    "open_flamingo": (
+        {"cross_attention": "open_flamingo", "cross_attention_every": 2, "resampler_tokens": V} | FLAMINGO,
+        [],
+    ),
+    "llama_3_2": ({"cross_attention": "llama_3_2", "cross_attention_every": 1} | FLAMINGO, []),
 }
 
 

@@ -13,6 +13,7 @@ from model.pack import IGNORE_INDEX, Pack, rows_of_pack
 from model.parallel import ParallelConfig, Stage
 from model.saisa import SaisaModel
 from model.weights import from_hf, load_parameters, name_table, to_hf
+from tests.model.flamingo_reference import flamingo_shapes
 from tests.model.packs import pack_of
 from tests.model.reference import reference_logits, reference_loss
 
@@ -59,7 +60,10 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
         }
         shapes |= {f"{layer}input_layernorm.weight": (d,), f"{layer}post_attention_layernorm.weight": (d,)}
     owners = [f"model.layers.{i}." for i in range(0, model.num_layers, model.block_size)]
-    for owner in owners if model.architecture == "saisa" else ["model."]:
+    if model.architecture == "flamingo":
+        shapes |= flamingo_shapes(model)
+    fronts = [] if model.cross_attention == "open_flamingo" else ["model."]
+    for owner in owners if model.architecture == "saisa" else fronts:
         projector = {
             "mlp": {"0": (d, c), "2": (d, d)},
             "linear": {"": (d, c)},

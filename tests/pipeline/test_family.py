@@ -34,6 +34,17 @@ FAMILY: dict[str, dict[str, Any]] = {
     "blocks": {"model__block_size": 3},
     "own in stage 1": {"model__pretrain_projectors": "own"},
     "resampler": {"model__projector": "resampler", "model__resampler_tokens": 9},
+    "open_flamingo": {
+        "model__architecture": "flamingo",
+        "model__cross_attention": "open_flamingo",
+        "model__cross_attention_every": 2,
+        "model__resampler_tokens": 9,
+    },
+    "llama_3_2": {
+        "model__architecture": "flamingo",
+        "model__cross_attention": "llama_3_2",
+        "model__cross_attention_every": 3,
+    },
 }
 
 
@@ -55,6 +66,7 @@ OFTEN = [
     ("resampler", "pretrain", "TP2 PP2"),
     ("blocks", "pretrain", "TP2 PP2"),
     ("own in stage 1", "pretrain", "PP2 interleaved"),
+    ("llama_3_2", "finetune", "PP2 interleaved"),
 ]
 
 
@@ -82,7 +94,8 @@ def test_a_divided_run_is_the_run_of_one_process(runs, name, phase, split, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("naavit", "shortv"))) for name in FAMILY]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("naavit", "shortv", "open_flamingo"))) for name in FAMILY],
 )
 def test_an_export_says_the_same(runs, name, tmp_path):
     second = runs(name)["finetune"]
