@@ -31,7 +31,7 @@ class Section(BaseModel):
 class VisionConfig(Section):
     """The frozen encoder. Its remaining sizes live in the base folder, beside its weights."""
 
-    type: Literal["clip", "siglip"] = "clip"
+    type: Literal["clip", "siglip", "timm"] = Field(default="clip", description="timm: the base folder says which")
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
     image_size: int = Field(gt=0, description="pixels, square")
@@ -45,7 +45,13 @@ class VisionConfig(Section):
 
     @property
     def usual_ffn_hidden_size(self) -> int:
-        """The FFN of an encoder such as CLIP's, for costs on paper; a base folder has the real one."""
+        """The FFN of an encoder such as CLIP's, for costs on paper; a base folder has the real one.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if self.type == "timm":
+            raise ValueError("model.vision.type=timm: what it costs is counted in a base folder; use clip or siglip")
         return 4 * self.hidden_size
 
     @model_validator(mode="after")
@@ -269,7 +275,7 @@ def model_config_from_hf(config: Any) -> ModelConfig:
         "cross_attention": config.cross_attention,
         "cross_attention_every": config.cross_attention_every,
         "vision": {
-            "type": "siglip" if "siglip" in vision["model_type"] else "clip",
+            "type": vision["model_type"].partition("_")[0],
             "hidden_size": vision["hidden_size"],
             "num_layers": vision["num_hidden_layers"],
             "image_size": vision["image_size"],

@@ -234,7 +234,7 @@ def encoder_forward_flops(vision: VisionConfig, ffn_hidden_size: int) -> int:
     """Returns the FLOPs of encoding one image; the encoder is frozen and has no backward pass.
 
     `ffn_hidden_size` is the encoder's own, `intermediate_size` in its Hugging Face configuration. Only the layers up to
-    the selected hidden state run. Source: the shapes in `model.hf.vision_saisa`.
+    the selected hidden state run. Not for timm's, see `model.vision`. Source: the shapes in `model.hf.vision_saisa`.
     """
     c, num_patches = vision.hidden_size, vision.num_tokens
     num_positions = num_patches + (vision.type == "clip")  # CLIP's class token

@@ -22,6 +22,7 @@ from common.pickles import tell
 from model.config import model_config_from_hf
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import MAX_SIDE, SaisaImageProcessor
+from model.hf.timm_saisa import PLAIN_NAME
 
 DATA_ONLY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """Options of every `from_pretrained`. Without the first it asks whether to run a folder's code."""
@@ -40,6 +41,7 @@ FIELDS = (*signature(SaisaConfig).parameters, "dtype", "torch_dtype")
 """What is read of a configuration; transformers would build other things from the rest."""
 VISION_FIELDS = (
     "model_type",
+    "architecture",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -125,9 +127,15 @@ def check_model(config: SaisaConfig) -> None:
         first = error.errors()[0]
         told = f"{'.'.join(map(str, first['loc']))}={str(first['input'])[:40]}: " if first["loc"] else ""
         raise ValueError(f"{told}{first['msg']}") from error
-    if vision.num_attention_heads < 1 or vision.hidden_size % vision.num_attention_heads:
+    checked = [("initializer_range", config.initializer_range)]
+    if vision.model_type == "timm_grid":
+        if not PLAIN_NAME.fullmatch(str(vision.architecture)):
+            raise ValueError(f"architecture={str(vision.architecture)[:40]!r} is no name of timm's")
+    elif vision.num_attention_heads < 1 or vision.hidden_size % vision.num_attention_heads:
         raise ValueError(f"{vision.num_attention_heads} heads must divide hidden_size={vision.hidden_size}")
-    for name, value in (("layer_norm_eps", vision.layer_norm_eps), ("initializer_range", config.initializer_range)):
+    else:
+        checked.append(("layer_norm_eps", vision.layer_norm_eps))
+    for name, value in checked:
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{name}={str(value)[:40]} must be a positive number")
     if type(config.image_token_id) is not int or config.image_token_id < 0:

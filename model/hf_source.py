@@ -47,6 +47,12 @@ VISIONS = {
     "siglip_vision_model": SiglipVisionConfig,
 }
 MAX_TEMPLATE_BYTES = 1 << 20
+WEIGHT_FILES = (
+    ("model", "safetensors"),
+    ("pytorch_model", "bin"),
+    ("open_clip_model", "safetensors"),
+    ("open_clip_pytorch_model", "bin"),
+)
 Named = tuple[str, Tensor]
 
 
@@ -257,7 +263,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, or files that the index names are missing.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in WEIGHT_FILES:
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if not index.is_file() and not single.is_file():
             continue

@@ -16,6 +16,7 @@ import torch
 
 from common.console import count_text
 from model.hf.configuration_saisa import SaisaConfig
+from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf.processing_saisa import IMAGE_TOKEN
 from model.hf_folder import add_image_token, weight_shapes, write_hf_folder
 from model.hf_read import WAY_OUT, named
@@ -30,6 +31,7 @@ from model.hf_source import (
     vision_fields,
 )
 from model.llava_source import read_release, tensors_of_release
+from model.timm_source import read_timm_folder, timm_fields, timm_image_processor, timm_tensors
 
 TOWER = "model.vision_tower."
 # Tables that older versions of transformers stored beside the weights and newer ones compute.
@@ -45,7 +47,8 @@ def compose_base(
     chat_template: str | None = None,
     stop_token: str | None = None,
     projector_type: str = "mlp",
-    vision_select_layer: int = -2,
+    vision_select_layer: int | None = None,
+    image_size: int | None = None,
     image_aspect_ratio: str = "pad",
     max_positions: int | None = None,
     dtype: torch.dtype | None = None,
@@ -55,6 +58,9 @@ def compose_base(
     Args:
         chat_template: Jinja template stored with the processor.
         stop_token: token that ends an answer besides EOS.
+        vision_select_layer: hidden state that projectors read; None: the penultimate, or the last stage of a
+            convolutional network.
+        image_size: pixels, if not those that a convolutional encoder was trained with.
         max_positions: use the language model up to this many positions only.
         dtype: to store weights in; None keeps each checkpoint's own.
 
@@ -65,8 +71,7 @@ def compose_base(
         fields = llm_fields(llm, read_json(llm / "config.json"), max_positions)
         tokenizer = load_tokenizer(llm)
     with named(vision):
-        fields["vision_config"] = vision_fields(vision, read_json(vision / "config.json"))
-    fields |= {"vision_select_layer": vision_select_layer, "projector_type": projector_type}
+        fields |= _describe_encoder(vision, vision_select_layer, image_size) | {"projector_type": projector_type}
     config = _build_config(fields, tokenizer)
 
     def tensors() -> Iterator[Named]:
@@ -75,7 +80,7 @@ def compose_base(
                 yield name, tensor
         yield from _vision_tensors(vision, config)
 
-    image_processor = load_image_processor(vision, image_aspect_ratio, config.vision_config.image_size)
+    image_processor = _image_processor(vision, image_aspect_ratio, config)
     write_hf_folder(
         out, config, tensors(), tokenizer, image_processor, chat_template,
         is_base=True, stop_token=stop_token, dtype=dtype,
@@ -136,6 +141,26 @@ def _is_tied(name: str, config: SaisaConfig) -> bool:
     return name == HEAD and config.tie_word_embeddings
 
 
+def _describe_encoder(folder: Path, select_layer: int | None, image_size: int | None) -> dict[str, Any]:
+    """Returns what a `SaisaConfig` says of an encoder, and of the hidden state that projectors read."""
+    if source := read_timm_folder(folder):
+        described, select_layer = timm_fields(source, image_size, select_layer)
+    elif image_size is not None:
+        raise ValueError(f"{folder}: --image-size is for encoders of timm; CLIP and SigLIP take their own")
+    else:
+        described = vision_fields(folder, read_json(folder / "config.json"))
+        select_layer = -2 if select_layer is None else select_layer
+    return {"vision_config": described, "vision_select_layer": select_layer}
+
+
+def _image_processor(folder: Path, image_aspect_ratio: str, config: SaisaConfig) -> SaisaImageProcessor:
+    image_size = config.vision_config.image_size
+    with named(folder):
+        if source := read_timm_folder(folder):
+            return timm_image_processor(source, image_aspect_ratio, image_size)
+    return load_image_processor(folder, image_aspect_ratio, image_size)
+
+
 def _vision_tensors(folder: Path, config: SaisaConfig) -> Iterator[Named]:
     """Yields the encoder's tensors under our names; a text tower beside it is left behind.
 
@@ -144,6 +169,9 @@ def _vision_tensors(folder: Path, config: SaisaConfig) -> Iterator[Named]:
     Raises:
         ValueError: they are not those of the encoder that the folder describes.
     """
+    if source := read_timm_folder(folder):
+        yield from timm_tensors(source, config, read_checkpoint(folder))
+        return
     expected = {name: shape for name, shape in weight_shapes(config, is_base=True).items() if name.startswith(TOWER)}
     for name, tensor in read_checkpoint(folder):
         if name.startswith(PARTS_OF_ENCODER):

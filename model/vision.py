@@ -13,20 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import QuickGELUActivation
 
 from model.backend import has_fused_kernels, quick_gelu
 from model.compute import compute_dtype
 from model.config import ComputeConfig, VisionConfig
 from model.flops import encoder_forward_flops
+from model.hf.timm_saisa import TimmTower, build_tower
 from model.hf.vision_saisa import MLP, VisionTower, stored_name
 from model.hf_read import load_config
 from model.weights import read_safetensors
 
 PREFIX = "model.vision_tower."
+Tower = VisionTower | TimmTower
 
 
-def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> VisionTower:
+def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> Tower:
     """Returns the encoder stored in a base folder.
 
     Raises:
@@ -34,7 +38,7 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
     """
     config = load_config(base)
     with torch.device("meta"):
-        state = VisionTower(config.vision_config, config.vision_select_layer).state_dict()
+        state = build_tower(config.vision_config, config.vision_select_layer).state_dict()
     stored = read_safetensors(base, lambda name: name.startswith(PREFIX))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in stored}
     for name, expected in ((stored_name(name), tensor.shape) for name, tensor in state.items()):
@@ -43,12 +47,12 @@ def load_vision_tower(base: Path, dtype: torch.dtype, device: torch.device) -> V
         if weights[name].shape != expected:
             told = f"shape {list(weights[name].shape)}, by config.json it is {list(expected)}"
             raise ValueError(f"{base}: {PREFIX}{name} has {told}; make the base again")
-    tower = VisionTower(config.vision_config, config.vision_select_layer)
+    tower = build_tower(config.vision_config, config.vision_select_layer)
     tower.load_state_dict(weights, strict=False)
     return tower.to(device, dtype)
 
 
-def fuse_activations(tower: VisionTower, compute: ComputeConfig) -> None:
+def fuse_activations(tower: Tower, compute: ComputeConfig) -> None:
     """Lets an encoder compute CLIP's activation in one kernel, where Transformer Engine has it."""
     if not has_fused_kernels(compute, compute_dtype(compute)):
         return
@@ -58,8 +62,16 @@ def fuse_activations(tower: VisionTower, compute: ComputeConfig) -> None:
 
 
 def flops_per_image(base: Path, vision: VisionConfig) -> int:
-    """Returns the FLOPs of encoding one image with the encoder of a base folder."""
-    stored = load_config(base).vision_config
+    """Returns the FLOPs of encoding one image with the encoder of a base folder; timm's are counted, not worked out."""
+    config = load_config(base)
+    stored = config.vision_config
+    if vision.type == "timm":
+        with torch.device("meta"):
+            tower = build_tower(stored, config.vision_select_layer)
+            pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            tower(pixels)
+        return counter.get_total_flops()
     return encoder_forward_flops(vision, stored.intermediate_size)
 
 

@@ -22,7 +22,8 @@ PROJECTORS = get_args(ProjectorKind)
 def main(
     out: Annotated[Path, Option(help="folder to write; must not exist or be empty")],
     vision: Annotated[
-        Path | None, Option(help="folder of a CLIP or SigLIP encoder; a llava-hf folder has its own")
+        Path | None,
+        Option(help="folder of a CLIP or SigLIP encoder, or one of timm or open_clip; a llava-hf folder has its own"),
     ] = None,
     llm: Annotated[Path | None, Option(help="folder of a Llama, Vicuna, Llama-3, Mistral or Qwen2 model")] = None,
     release: Annotated[
@@ -33,7 +34,10 @@ def main(
         Option(help=f"conversation template: {', '.join(TEMPLATES)}; default: that of the model's own chat template"),
     ] = None,
     projector: Annotated[str, Option(help=f"{', '.join(PROJECTORS)} (--llm)")] = "mlp",
-    select_layer: Annotated[int, Option(help="hidden state of the encoder that the projectors read (--llm)")] = -2,
+    select_layer: Annotated[
+        int | None, Option(help="hidden state of the encoder that projectors read (--llm); default: -2, -1 of ConvNeXt")
+    ] = None,
+    image_size: Annotated[int | None, Option(help="pixels, if not those an encoder of timm was trained with")] = None,
     image_aspect_ratio: Annotated[str, Option(help="pad or square (--llm)")] = "pad",
     max_positions: Annotated[int | None, Option(help="use the language model up to so many positions only")] = None,
     dtype: Annotated[
@@ -45,8 +49,9 @@ def main(
         raise UsageError("give either --llm (a language model to start from) or --release (a checkpoint to convert)")
     if llm is not None and vision is None:
         raise UsageError("--llm needs --vision, the folder of a CLIP or SigLIP encoder")
-    if release is not None and (projector, select_layer, image_aspect_ratio) != ("mlp", -2, "pad"):
-        raise UsageError("--projector, --select-layer and --image-aspect-ratio go with --llm; a release has its own")
+    if release is not None and (projector, select_layer, image_size, image_aspect_ratio) != ("mlp", None, None, "pad"):
+        names = "--projector, --select-layer, --image-size and --image-aspect-ratio"
+        raise UsageError(f"{names} go with --llm; a release has its own")
     for name, value, allowed in (
         ("--projector", projector, PROJECTORS),
         ("--image-aspect-ratio", image_aspect_ratio, ("pad", "square")),
@@ -77,8 +82,8 @@ def main(
     if llm is not None and vision is not None:
         config = compose_base(
             llm, vision, out,
-            projector_type=projector, vision_select_layer=select_layer, image_aspect_ratio=image_aspect_ratio,
-            **options,
+            projector_type=projector, vision_select_layer=select_layer, image_size=image_size,
+            image_aspect_ratio=image_aspect_ratio, **options,
         )  # fmt: skip
     else:
         config = convert_release(source, vision, out, **options)

@@ -14,10 +14,9 @@ from model.backend import check_fp8, check_machine
 from model.compute import build_transformer_config, compute_dtype
 from model.config import differences
 from model.flops import stage_costs
-from model.hf.vision_saisa import VisionTower
 from model.parallel import check_projectors, split_layers, stages_of_rank
 from model.saisa import SaisaModel
-from model.vision import flops_per_image, fuse_activations, load_vision_tower
+from model.vision import Tower, flops_per_image, fuse_activations, load_vision_tower
 from pipeline.checkpoint.run_info import RunInfo, describe_run
 from pipeline.config import RunConfig
 from pipeline.data.batches import BatchSource, RankCoordinates, build_source, load_table, open_shards
@@ -41,7 +40,7 @@ class TrainState:
     stages: list[SaisaModel]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    tower: VisionTower
+    tower: Tower
     flops_per_image: int
     source: BatchSource
     run: RunInfo
@@ -112,7 +111,7 @@ def assemble(
     groups: ProcessGroupCollection,
     stages: list[SaisaModel],
     wrapped: list[DistributedDataParallel],
-    tower: VisionTower,
+    tower: Tower,
     flops_per_image: int,
     source: BatchSource,
     run: RunInfo,

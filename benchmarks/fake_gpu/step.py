@@ -160,10 +160,11 @@ def build_state(config: RunConfig, load: Load) -> TrainState:
 def build_tower(config: RunConfig, device: torch.device) -> VisionTower:
     """Returns an encoder of the recipe's sizes, without weights."""
     vision = config.model.vision
+    ffn_hidden_size = vision.usual_ffn_hidden_size  # refuses timm's, which have no sizes of their own
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[vision.type]
     described = kind(
         hidden_size=vision.hidden_size,
-        intermediate_size=vision.usual_ffn_hidden_size,
+        intermediate_size=ffn_hidden_size,
         num_hidden_layers=vision.num_layers,
         num_attention_heads=vision.hidden_size // 64,
         image_size=vision.image_size,

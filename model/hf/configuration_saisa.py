@@ -12,18 +12,54 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 
 from .family_saisa import ARCHITECTURES, CROSS_ATTENTIONS, LayerKind, layer_kinds
 
-VISION_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 PROJECTOR_TYPES = ("mlp", "linear", "resampler")
 OLDEST_TRANSFORMERS = "4.57.0"
 
 
+class TimmVisionConfig(PretrainedConfig):
+    """An encoder of the library timm, see `timm_saisa`.
+
+    Args:
+        architecture: timm's name of it.
+        hidden_size: width of the features that projectors read.
+        num_hidden_layers: its stages or blocks.
+        image_size: pixels, square.
+        patch_size: pixels that a place of its grid of features stands for.
+    """
+
+    model_type = "timm_grid"
+
+    def __init__(
+        self,
+        architecture: str = "convnext_xxlarge",
+        hidden_size: int = 3072,
+        num_hidden_layers: int = 4,
+        image_size: int = 1024,
+        patch_size: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        self.architecture = architecture
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.image_size = image_size
+        self.patch_size = patch_size
+        super().__init__(**kwargs)
+
+
+VISION_CONFIGS = {
+    "clip_vision_model": CLIPVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+    "timm_grid": TimmVisionConfig,
+}
+
+
 class SaisaConfig(PretrainedConfig):
-    """A Llama-shaped language model, a frozen CLIP or SigLIP encoder, and a projector in every layer.
+    """A Llama-shaped language model, a frozen encoder of images, and a projector in every layer.
 
     Args:
         rope_theta: base of the rotary frequencies; there is no rope scaling.
         attention_bias: the query, key and value projections have a bias (Qwen2).
-        vision_config: the encoder's configuration; its `model_type` says CLIP or SigLIP.
+        vision_config: the encoder's configuration; its `model_type` says CLIP, SigLIP or timm.
         vision_select_layer: index of the encoder's hidden state that the projectors read; -2 is the penultimate.
         projector_type: "mlp" (Linear, GELU, Linear), "linear" or "resampler" (table 7 of the paper).
         resampler_tokens: visual tokens that a resampler makes of an image; by default 256, and 64 of "open_flamingo".

@@ -20,8 +20,9 @@ from .flamingo_saisa import Images, Perceiver, Seen, build_front
 from .generation_saisa import SaisaGenerationMixin
 from .layers_saisa import SaisaRMSNorm, Slots, View, rotary_table
 from .projectors_saisa import Resampler
+from .timm_saisa import build_tower
 from .updates_saisa import build_layer
-from .vision_saisa import STORED_NAMES, FrozenLinear, VisionTower, stored_name
+from .vision_saisa import STORED_NAMES, FrozenLinear, stored_name
 
 IGNORE_INDEX = -100
 KERNELS = ("sdpa", "eager", "sdpa_without_vmap")  # the last is how transformers says "sdpa" when it exports a graph
@@ -40,7 +41,7 @@ class SaisaModel(nn.Module):
         self.mm_projector = build_front(config)
         self.layers = nn.ModuleList([build_layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SaisaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.vision_tower = VisionTower(config.vision_config, config.vision_select_layer)
+        self.vision_tower = build_tower(config.vision_config, config.vision_select_layer)
 
     def find_visual(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Returns bool[B, S], true at image placeholders: by their id or, without ids, by their id's embedding.
@@ -176,7 +177,14 @@ class SaisaForConditionalGeneration(SaisaGenerationMixin, PreTrainedModel, Gener
     config_class = SaisaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules: ClassVar = ["SaisaLayer", "UpdatingLayer", "FlamingoLayer", "Perceiver", "VisionTower"]
+    _no_split_modules: ClassVar = [
+        "SaisaLayer",
+        "UpdatingLayer",
+        "FlamingoLayer",
+        "Perceiver",
+        "VisionTower",
+        "TimmTower",
+    ]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True

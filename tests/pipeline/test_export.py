@@ -45,7 +45,7 @@ def assert_logits_are_those_of(config: RunConfig, exported: Path) -> None:
         pack = micro_batch.pack
         pixels = state.source.image_processor.normalize(micro_batch.pixels_B3HW)
         with torch.no_grad():
-            features = state.tower(pixels) if len(pixels) else torch.zeros(0, num_tokens, 32)
+            features = state.tower(pixels) if len(pixels) else torch.zeros(0, 1, config.model.vision.hidden_size)
             ours = model.logits(model.hidden_states(pack, features.flatten(0, 1)))[:, : config.model.vocab_size]
         text = image = 0
         for length, count in zip(pack.text_lengths, pack.image_counts, strict=True):
