@@ -53,11 +53,12 @@ def check_llava(config: SaisaConfig, form: str) -> None:
         ValueError: It cannot.
     """
     vision = config.vision_config.model_type
+    is_timm = vision.startswith("timm")
     width = config.num_attention_heads * config.head_dim
     problems = {
         f"model.architecture={config.architecture!r}": config.architecture != "llava",
         f"model.projector={config.projector_type!r}": config.projector_type not in HELD[form],
-        f"a {vision}": form == "llava" and not vision.startswith("clip"),
+        f"a {vision}": is_timm or (form == "llava" and not vision.startswith("clip")),
         "a Qwen2": form == "llava" and config.attention_bias,
         f"attention heads of {width} in all and hidden_size={config.hidden_size}": form == "llava"
         and width != config.hidden_size,
@@ -65,7 +66,7 @@ def check_llava(config: SaisaConfig, form: str) -> None:
     for what, is_there in problems.items():
         if is_there:
             other = "llava-hf" if form == "llava" and config.projector_type in HELD["llava-hf"] else "saisa"
-            other = other if config.architecture == "llava" else "saisa"
+            other = other if config.architecture == "llava" and not is_timm else "saisa"
             raise ValueError(f"FORMAT={form} cannot hold {what}; export with FORMAT={other} (--format {other})")
 
 

@@ -29,6 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from model.hf.configuration_saisa import TimmVisionConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_read import load_config, load_tokenizer
@@ -406,6 +407,11 @@ def test_an_encoder_that_is_not_what_it_says_is_refused(llava: tuple[Path, Path]
             write_llava,
             {"projector_type": "resampler"},
             "FORMAT=llava cannot hold .*'resampler'; export with FORMAT=saisa",
+        ),
+        (
+            write_llava_hf,
+            {"vision_config": TimmVisionConfig()},
+            "FORMAT=llava-hf cannot hold a timm_grid; export with FORMAT=saisa",
         ),
         (write_llava, {"attention_bias": True}, "FORMAT=llava cannot hold a Qwen2; export with FORMAT=llava-hf"),
         (write_llava, {"head_dim": 16}, "cannot hold attention heads of 64 in all and hidden_size=32"),
