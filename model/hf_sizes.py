@@ -45,6 +45,8 @@ def hf_config(model: ModelConfig) -> SaisaConfig:
         architecture=model.architecture,
         block_size=model.block_size,
         frozen_layers=model.frozen_layers,
+        cross_attention=model.cross_attention,
+        cross_attention_every=model.cross_attention_every,
         image_token_id=model.vocab_size - 1,
     )
 

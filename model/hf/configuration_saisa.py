@@ -138,10 +138,12 @@ class SaisaConfig(PretrainedConfig):
             raise ValueError(f"projector_type={projector_type!r} must be one of {', '.join(PROJECTOR_TYPES)}")
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} must be one of {', '.join(ARCHITECTURES)}")
-        if architecture == "flamingo" and not (cross_attention in CROSS_ATTENTIONS and cross_attention_every):
+        every = cross_attention_every
+        is_some = cross_attention in CROSS_ATTENTIONS and isinstance(every, int) and 0 < every <= num_hidden_layers
+        if architecture == "flamingo" and not is_some:
             raise ValueError(
                 f"cross_attention={cross_attention!r} must be one of {', '.join(CROSS_ATTENTIONS)}, and "
-                f"cross_attention_every={cross_attention_every!r} a number of layers"
+                f"cross_attention_every={every!r} a number from 1 to {num_hidden_layers}"
             )
         num_layers = self.vision_config.num_hidden_layers
         if not -num_layers - 1 <= vision_select_layer <= num_layers:

@@ -36,6 +36,7 @@ FAMILY: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "blocks of 2": ({"block_size": 2}, [("features", "ffn"), ("below", "ffn"), ("features", "ffn")]),
     "one block": ({"block_size": 3}, [("features", "ffn"), ("below", "ffn"), ("below", "ffn")]),
 }
+FLAMINGO = {"architecture": "flamingo", "cross_attention": "open_flamingo", "cross_attention_every": 1}
 VARIANTS = [(name, {}) for name in FAMILY] + [
     ("llava", {"num_query_groups": 1, "qkv_bias": True, "projector": "linear"}),
     ("naavit", {"projector": "linear", "tie_embeddings": True}),
@@ -106,6 +107,18 @@ def test_what_nothing_reads_is_not_computed():
             "own is for layers with projectors",
         ),
         ({"architecture": "shortv"}, "shortv needs model.frozen_layers; without any it is llava"),
+        (
+            {"cross_attention": "llama_3_2"},
+            "cross_attention=llama_3_2 is for model.architecture=flamingo; .* remove it",
+        ),
+        ({"architecture": "llava", "cross_attention_every": 2}, "every=2 is for model.architecture=flamingo"),
+        ({"architecture": "flamingo"}, "flamingo needs model.cross_attention; use .*open_flamingo or llama_3_2"),
+        (FLAMINGO | {"cross_attention_every": None}, "flamingo needs model.cross_attention_every; use"),
+        (FLAMINGO | {"cross_attention_every": 4}, "every=4 must be at most model.num_layers=3, or no layer has"),
+        (FLAMINGO | {"cross_attention_every": 0}, "greater than 0"),
+        (FLAMINGO | {"projector": "linear"}, "linear with model.cross_attention=open_flamingo, whose resampler"),
+        (FLAMINGO | {"block_size": 2}, "model.block_size=2 is for model.architecture=saisa"),
+        (FLAMINGO | {"pretrain_projectors": "own"}, "own is for layers with projectors"),
         ({"architecture": "shortv", "frozen_layers": (1, 3)}, "must be numbers from 0 to 2, each once and in order"),
         ({"architecture": "shortv", "frozen_layers": (1, 0)}, "must be numbers from 0 to 2, each once and in order"),
     ],

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.cross_attention import cross_attention, seen_images
 from model.flamingo import FlamingoLayer
 from model.flamingo_weights import random_blocks
+from model.flops import parameter_counts
 from model.pack import Pack
 from model.segments import Segments
 from model.weights import from_hf, load_parameters, name_table, random_projectors, to_hf
@@ -196,3 +197,29 @@ def test_llama_3_2_is_that_of_transformers(megatron):
     gradients = [torch.autograd.grad((x * weight).sum(), (text, visual)) for x in (found, expected)]
     for mine, his in zip(*gradients, strict=True):
         assert_equal_to_rounding(mine, his.double())
+
+
+VICUNA_7B = dict(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32, head_dim=128
+)
+CLIP_L = VisionConfig(hidden_size=1024, num_layers=24, image_size=336, patch_size=14)
+LLAMA_BLOCK = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + 2 * 128 + 2  # q, k, v, o; FFN; norms; of heads; gates
+OPEN_BLOCK = 2 * 512 * 4096 + 1024 * 1024 + 2 * 4 * 4096**2 + 2 * 2 * 4096 + 2  # q, o; k and v; FFN; norms; gates
+RESAMPLER_LAYER = 4 * 1024 * 512 + 2 * 4 * 1024**2 + 3 * 2 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "front"),
+    [
+        ("open_flamingo", 8 * OPEN_BLOCK, 6 * RESAMPLER_LAYER + 2 * 1024 + 64 * 1024),
+        ("llama_3_2", 8 * LLAMA_BLOCK, 20_979_712),
+    ],
+)
+def test_parameters_added_to_vicuna_7b(kind, blocks, front):
+    """1.18 B and 1.64 B with a block for every fourth layer, against SAISA's 671 M and LLaVA's 21 M."""
+    settings = {"architecture": "flamingo", "cross_attention": kind, "cross_attention_every": 4}
+    model = tiny(**VICUNA_7B, vocab_size=32000, vision=CLIP_L, **settings)
+    for phase in ("pretrain", "finetune"):
+        counts = parameter_counts(model, phase)
+        assert (counts.blocks, counts.projectors, counts.num_trained) == (blocks, front, blocks + front)
+    assert [i for i, layer in enumerate(model.layers) if layer.shown == "block"] == [3, 7, 11, 15, 19, 23, 27, 31]

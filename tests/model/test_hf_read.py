@@ -231,6 +231,11 @@ def test_a_damaged_config_is_one_line(export: Path, text: str) -> None:
         {"frozen_layers": 7},
         {"block_size": 0},
         {"block_size": "2"},
+        {"architecture": "flamingo"},
+        {"architecture": "flamingo", "cross_attention": ["llama_3_2"], "cross_attention_every": 1},
+        {"architecture": "flamingo", "cross_attention": "llama_3_2", "cross_attention_every": "1"},
+        {"architecture": "flamingo", "cross_attention": "llama_3_2", "cross_attention_every": -1},
+        {"cross_attention": "llama_3_2"},
     ],
     ids=str,
 )
