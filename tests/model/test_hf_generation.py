@@ -171,8 +171,11 @@ def test_a_static_cache_takes_masks_of_two_lengths(mask: str) -> None:
         model(torch.tensor([[5]]), attention_mask=torch.ones(1, 3), past_key_values=cache)
 
 
-def test_a_decoding_step_is_one_graph_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
+@pytest.mark.parametrize(
+    "settings", [{}, {"architecture": "flamingo", "cross_attention": "llama_3_2", "cross_attention_every": 2}], ids=str
+)
+def test_a_decoding_step_is_one_graph_compiled_once(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(**settings)
     inputs = batch(ROWS[1:3]) | {"pixel_values": all_pixels()[:2]}
     length = inputs["input_ids"].shape[1]
     expected: Any = model.generate(**inputs, **GREEDY)

@@ -32,6 +32,7 @@ SHARD_SET = "pipeline/shards/test_shard_set.py"
 DAMAGE = "pipeline/shards/test_stream_damage.py"
 SAISA = "model/test_saisa.py"
 FAMILY, HF_FAMILY = "model/test_family.py", "model/test_hf_family.py"
+FLAMINGO = "model/test_flamingo.py"
 FAMILY_RUNS = "pipeline/test_family.py::test_a_divided_run_is_the_run_of_one_process"
 FAMILY_RUN = f"{FAMILY_RUNS}[llava pretrain PP2 interleaved]"
 HF_FORWARD = "model/test_hf_forward.py"
@@ -386,6 +387,20 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("table[num_visual:] for", "table[: len(q_TNH)] for", SAISA),
         ("self.input_norm(visual_ID), pack", "visual_ID, pack", SAISA),
         ("self.fc2(gelu(self.fc1(features_IC)[0]))[0]", "self.fc2(self.fc1(features_IC)[0])[0]", SAISA),
+    ],
+    "model/flamingo.py": [
+        ("self.mlp(x_TD)[0] * sees_T1", "self.mlp(x_TD)[0]", FLAMINGO),
+        ("latest_alone=self.is_open", "latest_alone=False", FLAMINGO),
+        ("pack.text_alone, rotary_S1H", "pack, rotary_S1H", FLAMINGO),
+    ],
+    "model/cross_attention.py": [
+        ("outputs.append(out * sees_any[..., None])", "outputs.append(out)", FLAMINGO),
+        ("end_T - pack.num_tokens_per_image", "end_T - 1", FLAMINGO),
+    ],
+    "model/hf/flamingo_saisa.py": [
+        ("self.mlp(x_BTD) * seen.sees_BT1", "self.mlp(x_BTD)", HF_FAMILY),
+        (".masked_fill(~has_BK, NEVER)", "", HF_FAMILY),
+        ("int(cache.get_seq_length()) == 0", "False", "model/test_hf_flamingo.py"),
     ],
     "model/updates.py": [
         ("self.input_norm(visual_ID), pack", "visual_ID, pack", FAMILY),

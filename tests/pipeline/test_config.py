@@ -90,6 +90,21 @@ def test_recomputing_under_fp8_needs_an_input_with_a_gradient():
         load_config(CONFIGS / "demo-stage1.yaml", [*settings, "model.pretrain_projectors=own"])
 
 
+FLAMINGO = [f"model.{s}" for s in ("architecture=flamingo", "cross_attention=llama_3_2", "cross_attention_every=4")]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compute={precision: fp8, fp8_weights: true}", "whose language model stays as it is"),
+        ("compute.attention=block", "blocks of cross-attention have no such kernel; use compute.attention=auto"),
+    ],
+)
+def test_flamingo_refuses_what_its_blocks_cannot_do(override, message):
+    with pytest.raises(UsageError, match=message):
+        load_config(CONFIGS / "saisa-vicuna-7b-stage2.yaml", [*FLAMINGO, override])
+
+
 @pytest.mark.parametrize("text", ["20241107", "2024-11-07", "007", "1e5", "12:30:00", "true", "0x10"])
 def test_a_path_or_a_text_is_what_was_typed(text, tmp_path):
     """YAML makes a number, a date, 7, a string, 45000, True and 16 of these."""
