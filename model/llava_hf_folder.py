@@ -35,6 +35,12 @@ LLAVA_HF_NAMES = {
     "model.": "language_model.model.",
 }
 """From how our names begin to how theirs do; the first that fits."""
+SPACE_BEHIND_IMAGES = """
+{%- for piece in prompt.split('<image>') -%}
+  {%- if not loop.first -%}{{- '<image>' + (' ' if piece else '') -}}{%- endif -%}
+  {{- piece -}}
+{%- endfor -%}
+"""
 
 
 def write_llava_hf(
@@ -70,7 +76,23 @@ def write_llava_hf(
             }
             write_json(part / "processor_config.json", processor)
             if chat_template is not None:
-                (part / "chat_template.jinja").write_text(chat_template)
+                (part / "chat_template.jinja").write_text(spaced(chat_template, tokenizer))
+
+
+def spaced(chat_template: str, tokenizer: Any) -> str:
+    """Returns a chat template whose prompts have the ids of training when a tokenizer reads `<image>` as its token.
+
+    Training tokenises what follows an image on its own, where some tokenizers open a text with a space that they do not
+    write in the midst of one; for those the template writes it.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    image, text = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), "\nWhat?"
+    expected = [image, *ids(text)]
+    is_needed = ids(IMAGE_TOKEN + text) != expected and ids(f"{IMAGE_TOKEN} {text}") == expected
+    return f"{{%- set prompt -%}}{chat_template}{{%- endset -%}}{SPACE_BEHIND_IMAGES}" if is_needed else chat_template
 
 
 def llava_hf_name(name: str) -> str:

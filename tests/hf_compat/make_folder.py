@@ -17,12 +17,15 @@ from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import SaisaProcessor
 from model.hf_folder import PROJECTOR, weight_shapes, write_hf_folder
+from model.hf_read import load_config
 from model.hf_source import read_checkpoint
 from model.import_hf import compose_base
+from model.llava_hf_folder import write_llava_hf
 from pipeline.data.templates import chat_template
 from tests.hf_compat.tiny import save_byte_level, save_llm, save_vision
 
 KINDS = {"llama-clip": ("llama", "clip", "mlp"), "qwen2-siglip": ("qwen2", "siglip", "linear")}
+LLAVAS = {"llava-llama-clip": ("llama", "clip", "mlp"), "llava-qwen2-siglip": ("qwen2", "siglip", "mlp")}
 TEXTS = [
     "<image>\nWhat is the colour of the square?",
     "How many shapes are there?",
@@ -68,6 +71,28 @@ def make_export(
     return config
 
 
+def make_llava(work: Path, out: Path, kinds: tuple[str, str, str], images: list[str]) -> dict[str, Any]:
+    """Writes a LLaVA for transformers' own classes; returns what ours, with the same weights, says."""
+    make_export(work, ours := work / "ours", *kinds, architecture="llava")
+    model = SaisaForConditionalGeneration.from_pretrained(ours).eval()
+    processor = SaisaProcessor.from_pretrained(ours)
+    words = processor.chat_template
+    write_llava_hf(out, load_config(ours), read_checkpoint(ours), processor.tokenizer, processor.image_processor, words)
+    inputs = processor(text=TEXTS, images=images, padding=True, return_tensors="pt")
+    messages = [{"role": "user", "content": [{"type": "image", "path": images[1]}, *MESSAGES[0]["content"][1:]]}]
+    asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template(messages, **asked)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return {
+        "inputs": dict(inputs),
+        "logits": logits,
+        "generated": model.generate(**inputs, **GENERATE),
+        "prompt_ids": prompt["input_ids"][0].tolist(),
+        "pixels": prompt["pixel_values"],
+    }
+
+
 def make_large_vocabulary(work: Path, out: Path) -> None:
     """Writes a base with more than 100,000 tokens, as one of Llama-3 or Qwen2 has."""
     save_llm(work / "llm", "llama_3", vocab_size=100_384, num_hidden_layers=1)
@@ -100,6 +125,9 @@ def main(out: Path) -> None:
             "prompt_ids": processor.tokenize(prompt),
             "names": sorted(weight_shapes(model.config, is_base=False)),
         }
+    expected["llavas"] = {
+        name: make_llava(out / "work" / name, out / name, kinds, images) for name, kinds in LLAVAS.items()
+    }
     make_large_vocabulary(out / "work" / "large", out / "large-vocabulary")
     shutil.rmtree(out / "work")
     torch.save(expected, out / "expected.pt")

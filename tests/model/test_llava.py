@@ -36,7 +36,8 @@ from model.hf_read import load_config, load_tokenizer
 from model.hf_source import read_checkpoint
 from model.import_hf import convert_release
 from model.llava_folder import write_llava
-from model.llava_hf_folder import write_llava_hf
+from model.llava_hf_folder import spaced, write_llava_hf
+from pipeline.data.templates import chat_template
 from tests.hf_compat.tiny import SIZES, VISION, VOCAB, randomise, save_byte_level, save_sentencepiece, save_vision
 from tests.model.hf_models import GREEDY, IMAGE, NUM_IMAGES, ROWS, own_pixels
 from tests.transformers_versions import CLIPImageProcessor, SiglipImageProcessor, encoder_inside
@@ -277,6 +278,25 @@ def test_the_image_token_that_an_export_adds_is_never_the_likeliest(tmp_path: Pa
     told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert told["suppress_tokens"] == [IMAGE]
     assert_same_model(theirs, SaisaForConditionalGeneration.from_pretrained(tmp_path / "ours").eval())
+
+
+@pytest.mark.parametrize("settings", [{"legacy": True}, {"legacy": False}])
+def test_prompts_of_llava_hf_have_the_ids_of_training(llava: tuple[Path, Path], tmp_path: Path, settings: Any) -> None:
+    """Where a tokenizer opens every text with a space, or only the first; images that touch, too."""
+    folder = Path(shutil.copytree(llava[0], tmp_path / "in"))
+    save_sentencepiece(folder, **settings)
+    convert_release(folder, llava[1], tmp_path / "ours", chat_template=chat_template("v1"))
+    ours = SaisaProcessor.from_pretrained(tmp_path / "ours")
+    written = spaced(ours.chat_template, ours.tokenizer)
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": " and "}, {"type": "image"}]
+    for content in ([{"type": "image"}, {"type": "text", "text": "What is red?"}], [*parts, parts[2]]):
+        said = [{"role": "user", "content": content}, {"role": "assistant", "content": "Red."}]
+        said += [{"role": "user", "content": "Sure?"}]
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        expected = [1, *ours.tokenize(ours.apply_chat_template(said, **options), False)]
+        prompt = ours.tokenizer.apply_chat_template(said, chat_template=written, **options)
+        found = ours.tokenizer(prompt.replace("<image>", "<image>" * ours.num_image_tokens)).input_ids
+        assert found == expected
 
 
 TILES = "images in tiles .LLaVA-1.6. are not supported; use a LLaVA-1.5"

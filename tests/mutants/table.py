@@ -520,6 +520,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "model/llava_hf_folder.py": [
         (
+            "if is_needed else chat_template",
+            "if False else chat_template",
+            "model/test_llava.py::test_prompts_of_llava_hf_have_the_ids_of_training",
+        ),
+        (
+            "(' ' if piece else '')",
+            "' '",
+            "model/test_llava.py::test_prompts_of_llava_hf_have_the_ids_of_training",
+        ),
+        (
             "if name == says and config.num_image_rows:",
             "if False:",
             "model/test_llava.py::test_the_image_token_that_an_export_adds_is_never_the_likeliest",
