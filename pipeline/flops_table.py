@@ -59,7 +59,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "torch: its counter, on the Hugging Face model",
         f"saisa takes {by_formula:.1%} fewer FLOPs than llava by the formula, {1 - saisa.counted / llava.counted:.1%} "
         "fewer as counted. Cross-attention (from the shapes of such models, not a number of the paper) takes fewer "
-        "still; it pays for that in training, with blocks of its own.",
+        "still; it pays for that in training, with blocks of its own. llama_3_2 as counted makes features as wide as "
+        "the language model first, and its keys of that.",
     ]
 
 

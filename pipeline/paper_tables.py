@@ -117,9 +117,18 @@ def build_rows(count_by_torch: Callable[[ModelConfig, int], int] | None = None) 
                 counted_by_torch=count_by_torch and count_by_torch(model, NUM_TEXT),
             )
     base = load_model("Vicuna-7B", CLIP)
+    sizes = base.model_dump(exclude={"resampler_tokens"})  # a kind of cross-attention has its own
     for name, formula in CROSS_ATTENTION.items():
-        flops = formula(PaperSizes.of(base), NUM_VISUAL, NUM_TEXT)
-        yield Row("", f"Vicuna-7B, {CLIP}", name, None, flops)
+        blocks = {"architecture": "flamingo", "cross_attention": name, "cross_attention_every": 4}
+        model = ModelConfig.model_validate(sizes | blocks)
+        yield Row(
+            table="",
+            model=f"Vicuna-7B, {CLIP}",
+            architecture=name,
+            published=None,
+            formula=formula(PaperSizes.of(base), NUM_VISUAL, NUM_TEXT),
+            counted=forward_flops(model, NUM_TEXT, model.num_tokens_per_image, 1),
+        )
 
 
 def figure_lines() -> dict[str, dict[str, Sequence[int]]]:

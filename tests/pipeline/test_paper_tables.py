@@ -40,6 +40,15 @@ def test_each_number_of_the_paper_is_explained():
             assert f"{(row.explained or row.formula) / 1e12:.2f}" == f"{row.published:.2f}"
 
 
+def test_cross_attention_by_its_shapes_is_what_the_modules_do():
+    """But that keys of our llama_3_2 come from a projector in front, of 4,096 numbers and not of 1,024."""
+    rows = {row.architecture: row for row in build_rows()}
+    head = 2 * 4096 * 32000
+    assert rows["open_flamingo"].counted == rows["open_flamingo"].formula + head
+    wider = 2 * 576 * (1024 * 4096 + 4096**2) + 8 * 2 * 576 * 2 * 4096 * (4096 - 1024)
+    assert rows["llama_3_2"].counted == rows["llama_3_2"].formula + head + wider
+
+
 def test_what_no_input_explains_is_said():
     sizes = PaperSizes.of(load_model("Mistral-7B", CLIP))
     assert explain(saisa_flops, sizes, 576, 2.05) == (None, "no one input gives the published number")
