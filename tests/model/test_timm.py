@@ -79,7 +79,10 @@ def llm(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "is_open_clip"), [(name, False) for name in SIZES] + [("test_convnext", True)], ids=str
+    ("name", "is_open_clip"),
+    [("test_resnet", False), ("test_convnext", True)]
+    + [pytest.param(name, False, marks=pytest.mark.slow) for name in ("test_convnext", "test_vit")],
+    ids=str,
 )
 def test_features_are_those_of_timms_own_layers(name, is_open_clip, llm, tmp_path):
     model = save_encoder(tmp_path / "encoder", name, is_open_clip)
@@ -102,6 +105,7 @@ def test_features_are_those_of_timms_own_layers(name, is_open_clip, llm, tmp_pat
     assert processor.resample == (3 if is_open_clip else 2)
 
 
+@pytest.mark.slow
 def test_a_convolutional_encoder_takes_larger_images_and_another_layer(llm, tmp_path):
     model: Any = save_encoder(tmp_path / "encoder", "test_convnext")
     compose_base(llm, tmp_path / "encoder", tmp_path / "base", image_size=128, vision_select_layer=-2)
@@ -178,6 +182,7 @@ def test_without_timm_one_line_says_so(monkeypatch):
         build_trunk("convnext_atto")
 
 
+@pytest.mark.slow
 def test_convnext_xxl_at_1024_pixels_has_1024_tokens():
     """Of the paper's table 5; on tensors without values."""
     config = SaisaConfig(vision_config=TimmVisionConfig(), vision_select_layer=-1)

@@ -387,6 +387,16 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("table[num_visual:] for", "table[: len(q_TNH)] for", SAISA),
         ("self.input_norm(visual_ID), pack", "visual_ID, pack", SAISA),
         ("self.fc2(gelu(self.fc1(features_IC)[0]))[0]", "self.fc2(self.fc1(features_IC)[0])[0]", SAISA),
+        (
+            "rows_of_pack(self.resampler(features_NPC), num_padding)",
+            "self.resampler(features_NPC).flatten(0, 1)",
+            SAISA,
+        ),
+        (
+            "scatter_to_tensor_model_parallel_region(features_IC, self.tp_group)",
+            "features_IC.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()].contiguous()",
+            "model/test_tensor_parallel.py",
+        ),
     ],
     "model/flamingo.py": [
         ("self.mlp(x_TD)[0] * sees_T1", "self.mlp(x_TD)[0]", FLAMINGO),
@@ -408,6 +418,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("torch.cat([visual_ID, text_TD]) + attended", "torch.cat([visual_ID, text_TD])", FAMILY),
         ("return rows_SD + self.mlp(", "return self.mlp(", FAMILY),
         ("dim=1).flatten(0, 1)", "dim=0).flatten(0, 1)", "model/test_tensor_parallel.py"),
+    ],
+    "model/hf/projectors_saisa.py": [
+        ("layer_norm(self.latents + self.output(", "layer_norm(self.output(", f"{SAISA}, {HF_FAMILY}"),
+        ("features_NPC = layer_norm(features_NPC, width)", "pass", f"{SAISA}, {HF_FAMILY}"),
+    ],
+    "model/projectors.py": [
+        ("attention = 2 * num_tokens", "attention = num_tokens", "model/test_flops.py"),
     ],
     "model/hf/family_saisa.py": [
         ("and layer + 1 < num_layers", "", FAMILY),

@@ -13,6 +13,7 @@ from tests.pipeline.test_export import assert_logits_are_those_of
 pytest.importorskip("timm", reason="needs timm: pip install timm")
 
 
+@pytest.mark.slow
 def test_a_run_with_an_encoder_of_timm_trains_and_leaves(world, tmp_path):
     save_encoder(tmp_path / "encoder", "test_convnext")
     compose_base(world.root / "llm", tmp_path / "encoder", tmp_path / "base", chat_template=chat_template("v1"))
