@@ -42,6 +42,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "saisa-linear": ("model.projector=linear",),
     "saisa-resampler": ("model.projector=resampler", "model.resampler_tokens=28"),  # of 64, as 256 of 576 in the paper
     "saisa-blocks": ("model.block_size=2",),
+    # Its language model stays frozen, and here that is a random one
+    "flamingo": (
+        "model.architecture=flamingo",
+        "model.cross_attention=open_flamingo",
+        "model.cross_attention_every=2",
+    ),
 }
 """Settings of both stages, by name."""
 BASELINE = "llava"
@@ -200,11 +206,12 @@ def configs(out: Path, name: str, seed: int, size: Size) -> tuple[RunConfig, Run
 def measured(stages: Sequence[RunConfig], accuracy: float, blind_accuracy: float) -> Result:
     """Returns what a run came to, from its metrics and its sizes."""
     runs, model = [read_metrics(config.run_dir) for config in stages], stages[-1].model
+    counts = parameter_counts(model, "finetune")
     seconds = [[step["step_seconds"] * (1 - step["data_wait_fraction"]) for step in steps] for steps in runs]
     return Result(
         accuracy=accuracy,
         blind_accuracy=blind_accuracy,
-        num_added=parameter_counts(model, "finetune").projectors,
+        num_added=counts.projectors + counts.blocks,
         training_flops=sum(step["training_flops"] for steps in runs for step in steps),
         training_seconds=round(sum(len(each) * median(each) for each in seconds), 2),
         prefill_flops=int(forward_flops(model, NUM_TEXT, model.num_tokens_per_image, 1)),
