@@ -14,7 +14,7 @@ KINDS = ("open_flamingo", "llama_3_2")
 
 
 def flamingo(kind: str) -> SaisaForConditionalGeneration:
-    latents = {"resampler_tokens": V} if kind == "open_flamingo" else {}
+    latents: dict[str, Any] = {"resampler_tokens": V} if kind == "open_flamingo" else {}
     return build(architecture="flamingo", cross_attention=kind, cross_attention_every=2, **latents)
 
 
