@@ -8,13 +8,8 @@
 What stands in front of them, a resampler or a projector, is in `model.projectors`.
 """
 
-import math
-from collections.abc import Iterator
 from math import prod
 from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
 
 from model.config import ModelConfig
 from model.hf.family_saisa import FFN_WIDTHS, HEAD_DIM, NUM_HEADS
@@ -75,22 +70,6 @@ def new_weights(model: ModelConfig) -> list[Weight]:
 def num_block_parameters(model: ModelConfig) -> int:
     """Returns how many parameters all blocks have."""
     return sum(prod(weight.shape) for weight in new_weights(model))
-
-
-def random_blocks(model: ModelConfig, seed: int, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the wanted weights of new blocks, the same on every machine and at any parallelism.
-
-    Source: `torch.nn.Linear`'s own initialisation; gates of zero leave the language model as it is.
-    """
-    for number, weight in enumerate(new_weights(model)):
-        if weight.ours in wanted:
-            generator = torch.Generator().manual_seed(seed + 1_000_003 * (number + 1))
-            empty = torch.empty(weight.shape)
-            if weight.start == "linear":
-                bound = 1 / math.sqrt(weight.shape[-1])
-                yield weight.ours, empty.uniform_(-bound, bound, generator=generator)
-            else:
-                yield weight.ours, empty.fill_(float(weight.start == "ones"))
 
 
 def _norm(ours: str, theirs: str, width: int) -> list[Weight]:

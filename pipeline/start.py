@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from model import hf_read
 from model.config import PROJECTOR, ModelConfig, model_config_from_hf
-from model.flamingo_weights import random_blocks
+from model.flamingo_start import random_blocks
 from model.hf.image_processing_saisa import SaisaImageProcessor
 from model.hf_read import load_config
 from model.saisa import SaisaModel

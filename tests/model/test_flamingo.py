@@ -12,7 +12,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 from model.config import ModelConfig, VisionConfig
 from model.cross_attention import cross_attention, seen_images
 from model.flamingo import FlamingoLayer
-from model.flamingo_weights import random_blocks
+from model.flamingo_start import random_blocks
 from model.flops import parameter_counts
 from model.pack import Pack
 from model.segments import Segments
