@@ -6,6 +6,7 @@ is simply run again.
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -70,19 +71,27 @@ def _start(workers: int) -> None:
 
     check_temporary_folder(os.environ)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=max(MIN_OBJECT_STORE_BYTES, workers * OBJECT_STORE_BYTES_PER_WORKER),
-        )
-    except Exception as error:  # Ray has none of its own for processes that are late, as on a very busy machine
-        problem = str(error).strip().splitlines()[0]
-        raise ValueError(f"Ray does not start on this machine ({problem}); run again, or name a cluster") from error
+    settings: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": workers,
+        "num_gpus": 0,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": max(MIN_OBJECT_STORE_BYTES, workers * OBJECT_STORE_BYTES_PER_WORKER),
+    }
+    for is_last in (False, True):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:  # Ray has none of its own for processes that are late, as on a very busy machine
+            problem = str(error).strip().splitlines()[0]
+            if is_last:
+                raise ValueError(
+                    f"Ray does not start on this machine, tried twice ({problem}); run again when less else runs here"
+                ) from error
+            print(f"Ray does not start ({problem}); trying once more", file=sys.stderr)
+            ray.shutdown()
 
 
 def _connect(address: str) -> None:

@@ -163,7 +163,7 @@ class ModelConfig(Section):
         if self.resampler_tokens != RESAMPLER_TOKENS and not self.is_resampled:
             raise ValueError(
                 f"model.resampler_tokens={self.resampler_tokens} is for model.projector=resampler; use that, or remove "
-                f"it: with {self.projector} an image has the encoder's {self.vision.num_tokens} tokens"
+                f"it: with {self.projector} an image has as many tokens as the encoder gives, {self.vision.num_tokens}"
             )
         if self.pretrain_projectors == "own" and not self.num_own_projectors:
             raise ValueError(

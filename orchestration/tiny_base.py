@@ -58,8 +58,9 @@ def main(
     config = build_tiny_base(chain([first], texts), out, tokenizer=tokenizer, seed=seed)
     same = f"model.vocab_size={config.vocab_size} init.base={out} data.shards={out}-shards data.template=v1"
     print(
-        f"{out} is ready. With `make shards DATA={data} OUT={out}-shards` (IMAGES= names where its images are),\n"
-        "these two lines train on it; few rows want a smaller train.global_batch_size and more train.num_epochs.\n"
+        f"{out} is ready. These lines make shards (name the folder of your images there) and train on it;\n"
+        "few rows want a smaller train.global_batch_size and more train.num_epochs.\n"
+        f"make shards DATA={data} IMAGES=images OUT={out}-shards\n"
         f'make train CONFIG=configs/demo-stage1.yaml ARGS="{same} run_dir={out}-stage1"\n'
         f'make train CONFIG=configs/demo-stage2.yaml ARGS="{same} run_dir={out}-stage2 init.projector={out}-stage1"'
     )

@@ -237,6 +237,30 @@ class RunConfig(Section):
         return self
 
 
+def check_base_folder(base: Path) -> None:
+    """Makes sure that a folder looks like a base.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"{base}: no base folder here (no config.json); make one with `make import-hf` or `make tiny-base`"
+        )
+
+
+def check_places(config: RunConfig) -> None:
+    """Makes sure that the folders a run starts from are there, before anything that takes long.
+
+    Raises:
+        ValueError: One is not.
+    """
+    check_base_folder(config.init.base)
+    stage1 = Path(config.init.projector)
+    if config.init.projector not in PROJECTOR_WORDS and not stage1.is_dir():
+        raise ValueError(f"init.projector={stage1}: no such folder; run stage 1 first, or name its run folder")
+
+
 def load_config(path: Path, overrides: list[str]) -> RunConfig:
     """Returns the validated run that `path` and the `a.b=c` overrides describe.
 

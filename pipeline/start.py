@@ -24,7 +24,7 @@ from model.weights import (
 )
 from pipeline.checkpoint.checkpoint import load_trained_parameters
 from pipeline.checkpoint.run_info import check_base, find_checkpoint, read_info
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, check_base_folder
 
 
 def base_model_config(base: Path) -> ModelConfig:
@@ -33,10 +33,7 @@ def base_model_config(base: Path) -> ModelConfig:
     Raises:
         ValueError: the folder is not a base.
     """
-    if not (base / "config.json").is_file():
-        raise ValueError(
-            f"{base}: no base folder here (no config.json); make one with `make import-hf` or `make tiny-base`"
-        )
+    check_base_folder(base)
     config = load_config(base)
     with hf_read.named(base / "config.json"):
         return model_config_from_hf(config)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from common.console import run
-from pipeline.config import load_config, to_yaml, with_resume
+from pipeline.config import check_places, load_config, to_yaml, with_resume
 
 
 def main(
@@ -26,6 +26,7 @@ def main(
     if print_config:
         sys.stdout.write(to_yaml(resolved))
         return
+    check_places(resolved)
     from pipeline.loop import train  # takes seconds: not before the configuration is known to be right
 
     train(resolved)
