@@ -47,7 +47,8 @@ class RejectLog:
         if num_bad > self.max_bad_fraction * self.num_rows:
             raise TooManyRefused(
                 f"{num_bad:,} of {count_text(self.num_rows, 'row')} of {self.source} refused, more than "
-                f"--max-bad-fraction {self.max_bad_fraction:g} allows; the table above says why, rejects.jsonl (not of a dry run) for each row"
+                f"--max-bad-fraction {self.max_bad_fraction:g} allows; the table above says why, and rejects.jsonl of "
+                "each row, which a dry run does not write"
             )
 
     def describe(self, reject: Reject) -> str:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common.console import count_text
 from model.hf.configuration_saisa import SaisaConfig
 from model.hf.image_processing_saisa import MAX_SIDE, SaisaImageProcessor
 from model.hf.timm_saisa import TimmTower, build_trunk, hidden_states
@@ -91,7 +92,8 @@ def timm_fields(source: TimmFolder, image_size: int | None, select_layer: int | 
         select_layer = -2 if len({state.shape for state in states}) == 1 else -1
     number = select_layer if select_layer >= 0 else len(states) + 1 + select_layer
     if not 0 < number <= len(states):
-        raise ValueError(f"select_layer={select_layer} is none of the {len(states)} layers of timm's {name}; use -1")
+        layers = count_text(len(states), "layer")
+        raise ValueError(f"select_layer={select_layer} is none of the {layers} of timm's {name}; use -1")
     _, width, height, columns = states[number - 1].shape
     if height != columns or side // (patch := side // height) != height:
         raise ValueError(
