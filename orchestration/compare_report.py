@@ -167,8 +167,8 @@ def write_report(summary: Summary, baseline: str, quick: bool, out: Path, consol
     print_table(rows, baseline, console)
     for text, is_supported, told in verdicts(rows):
         mark = {True: "supported", False: "not supported", None: "open"}[is_supported]
-        console.print(f"{text}: {mark}. {told}", markup=False)
-    console.print(f"Look at {out / 'compare.html'}", markup=False)
+        console.print(f"{text}: {mark}. {told}")
+    console.print(f"Look at {out / 'compare.html'}")
 
 
 def spread(row: Row) -> str:

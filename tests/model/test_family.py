@@ -101,7 +101,7 @@ def test_what_nothing_reads_is_not_computed():
         ({"architecture": "llava", "block_size": 2}, "model.block_size=2 is for model.architecture=saisa"),
         ({"architecture": "saisa", "block_size": 4}, "model.block_size=4 must be at most model.num_layers=3"),
         ({"architecture": "naavit", "frozen_layers": (1,)}, r"frozen_layers=\[1\] is for model.architecture=shortv"),
-        ({"resampler_tokens": 8}, "resampler_tokens=8 is for model.projector=resampler; .* the encoder's 4 tokens"),
+        ({"resampler_tokens": 8}, "resampler_tokens=8 is for model.projector=resampler; .* as the encoder gives, 4"),
         (
             {"architecture": "llava", "pretrain_projectors": "own"},
             "own is for layers with projectors",
