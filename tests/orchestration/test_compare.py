@@ -66,6 +66,7 @@ def test_a_folder_is_new_or_holds_a_comparison_of_this_size(tmp_path):
         check_folder(tmp_path / "other", quick=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_comparison_goes_on_and_leaves_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_runs, "QUICK", TINY)
