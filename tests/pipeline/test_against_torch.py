@@ -51,10 +51,10 @@ TOLERANCE = 1e-5
 type Sample = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.mark.parametrize(
-    ("phase", "first"),
-    [("pretrain", "shared"), pytest.param("pretrain", "own", marks=pytest.mark.slow), ("finetune", "shared")],
-)
+OWN = pytest.param("pretrain", "own", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("phase", "first"), [("pretrain", "shared"), OWN, ("finetune", "shared")])
 def test_four_steps_are_those_of_torch(deep_world, deep_stage1, phase, first, tmp_path):
     is_first = phase == "pretrain"
     recipe, start = ("demo-stage1", "random") if is_first else ("demo-stage2", deep_stage1.run_dir)
