@@ -28,7 +28,7 @@ from model.hf.configuration_saisa import SaisaConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf.processing_saisa import IMAGE_TOKEN, SaisaProcessor
 from model.hf.vision_saisa import stored_name
-from model.hf_shards import EMBEDDING, HEAD, whole_folder, write_json, write_weights
+from model.hf_shards import EMBEDDING, HEAD, MAX_SHARD_BYTES, whole_folder, write_json, write_weights
 
 CODE = Path(__file__).parent / "hf"
 AUTO_MAP = {
@@ -53,7 +53,7 @@ def write_hf_folder(
     is_base: bool = False,
     stop_token: str | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 2_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a complete folder, or none.
 

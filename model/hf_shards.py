@@ -19,6 +19,7 @@ from common.console import count_text
 from common.files import named_errors
 from model.hf_check import check_new_folder
 
+MAX_SHARD_BYTES = 2_000_000_000  # held in memory before a file is written
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -48,7 +49,7 @@ def write_weights(
     shapes: dict[str, torch.Size],
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
-    max_shard_bytes: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> torch.dtype:
     """Writes shards and their index; returns the dtype of the embedding, which stands for the model's."""
     shard: dict[str, Tensor] = {}

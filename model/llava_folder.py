@@ -23,7 +23,6 @@ from model.hf_shards import EMBEDDING, HEAD, whole_folder, write_json, write_wei
 from model.hf_source import Named
 from model.llava_source import ENCODER_INSIDE
 
-MAX_SHARD_BYTES = 2_000_000_000
 TOWER = "model.vision_tower."
 HELD = {"llava-hf": ("mlp",), "llava": ("mlp", "linear")}
 """The projectors that a format can hold."""
@@ -79,7 +78,6 @@ def write_llava(
     chat_template: str | None = None,
     *,
     stop_token: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes LLaVA's own layout, with the encoder as a folder in it; arguments and errors as of `write_hf_folder`.
 
@@ -103,9 +101,9 @@ def write_llava(
                 yield name, tensor[:num_rows] if name in (EMBEDDING, HEAD) else tensor
 
     with whole_folder(folder) as part:
-        dtype = write_weights(part, rest, language_model(), None, max_shard_bytes)
+        dtype = write_weights(part, rest, language_model(), None)
         (tower := part / ENCODER_INSIDE).mkdir()
-        write_weights(tower, encoder, inside.items(), None, max_shard_bytes)
+        write_weights(tower, encoder, inside.items(), None)
         with named_errors(part):
             write_json(tower / "config.json", vision_settings(config) | {"architectures": ["CLIPVisionModel"]})
             for place in (tower, part):

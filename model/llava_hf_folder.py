@@ -18,7 +18,6 @@ from model.hf_shards import EMBEDDING, HEAD, whole_folder, write_json, write_wei
 from model.hf_source import Named
 from model.llava_folder import (
     LANGUAGE_MODEL_FIELDS,
-    MAX_SHARD_BYTES,
     TOWER,
     check_llava,
     image_settings,
@@ -52,14 +51,13 @@ def write_llava_hf(
     chat_template: str | None = None,
     *,
     stop_token: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder for transformers' own classes; arguments and errors are those of `write_hf_folder`."""
     check_llava(config, "llava-hf")
     config, tensors = add_image_row(config, tensors)
     shapes = {llava_hf_name(name): shape for name, shape in weight_shapes(config, is_base=False).items()}
     with whole_folder(folder) as part:
-        dtype = write_weights(part, shapes, _llava_hf_tensors(config, tensors), None, max_shard_bytes)
+        dtype = write_weights(part, shapes, _llava_hf_tensors(config, tensors), None)
         with named_errors(part):
             settings = llava_hf_config(config) | {"dtype": str(dtype).removeprefix("torch.")}
             write_json(part / "config.json", settings)

@@ -8,22 +8,7 @@ from model.compute import compute_dtype
 from model.config import ComputeConfig, ModelConfig
 from model.hf.modeling_saisa import SaisaForConditionalGeneration
 from model.hf_sizes import hf_config
-
-LLM_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "attention_bias",
-    "tie_word_embeddings",
-)
-"""Of an export's configuration, what transformers' own language model has by the same names."""
+from model.llava_folder import LANGUAGE_MODEL_FIELDS
 
 
 def build_models(model: ModelConfig, compute: ComputeConfig, device: torch.device) -> dict[str, PreTrainedModel]:
@@ -37,7 +22,7 @@ def build_models(model: ModelConfig, compute: ComputeConfig, device: torch.devic
 def llava_config(model: ModelConfig) -> LlavaConfig:
     """Returns the configuration of transformers' LLaVA of a model's sizes."""
     ours = hf_config(model)
-    text = LlamaConfig(**{name: getattr(ours, name) for name in LLM_FIELDS})
+    text = LlamaConfig(**{name: getattr(ours, name) for name in (*LANGUAGE_MODEL_FIELDS, "attention_bias")})
     return LlavaConfig(
         ours.vision_config,
         text,
