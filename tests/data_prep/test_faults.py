@@ -174,6 +174,14 @@ def test_a_late_ray_is_told_and_is_no_result(monkeypatch: pytest.MonkeyPatch) ->
     assert len(told) == MOST_STARTS
 
 
+def test_ray_is_started_once_more_and_no_more(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    late = Exception("The current node timed out during startup.")
+    monkeypatch.setattr("ray.init", start := Mock(side_effect=[late, None, late]))
+    runner._start(workers=1)
+    assert start.call_count == 2 and start.call_args_list[0] == start.call_args_list[1]
+    assert "timed out during startup.); trying once more" in capfd.readouterr().err
+
+
 def test_a_temporary_folder_with_a_long_name_is_named_with_the_way_out(tmp_path: Path) -> None:
     """Ray's own check is the judge: it takes the longest folder that we take, and none that is longer."""
     socket = f"/ray/session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{2**22}/sockets/plasma_store"

@@ -7,13 +7,12 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.hf.family_saisa import LayerKind, Update
-from model.weights import from_hf, load_parameters, name_table, to_hf
+from model.weights import from_hf, load_parameters, name_table
 from tests.model.test_saisa import (
     LAYOUTS,
     RESAMPLER,
-    assert_equal_to_rounding,
+    assert_learns_as_the_reference,
     build,
-    gradient,
     random_pack,
     random_weights,
     reference_total,
@@ -58,16 +57,7 @@ def test_loss_and_gradients_equal_the_reference(name, changes, megatron):
     expected = reference_total(weights, model, pack, features, rules)
     expected.backward()
 
-    ours = build(model, model.shares_projector("finetune"))
-    load_parameters(ours, from_hf(random_weights(model).items(), name_table(model)))
-    losses = ours(pack, features)
-    losses.sum().backward()
-
-    assert_equal_to_rounding(losses.sum(), expected)
-    gradients = dict(to_hf(((n, gradient(p)) for n, p in ours.named_parameters()), name_table(model)))
-    assert gradients.keys() == weights.keys()
-    for parameter, found in gradients.items():
-        assert_equal_to_rounding(found, gradient(weights[parameter]), parameter)
+    assert_learns_as_the_reference(model, model.shares_projector("finetune"), pack, features, expected, weights)
 
 
 def test_all_layers_frozen_is_saisa_with_one_projector(megatron):

@@ -16,7 +16,7 @@ from model.flamingo_start import random_blocks
 from model.flops import parameter_counts
 from model.pack import Pack
 from model.segments import Segments
-from model.weights import from_hf, load_parameters, name_table, random_projectors, to_hf
+from model.weights import from_hf, load_parameters, name_table, random_projectors
 from tests.model.flamingo_reference import flamingo_logits
 from tests.model.packs import PACKS, pack_of
 from tests.model.reference import reference_loss
@@ -24,6 +24,7 @@ from tests.model.test_saisa import (
     LAYOUTS,
     V,
     assert_equal_to_rounding,
+    assert_learns_as_the_reference,
     build,
     gradient,
     random_pack,
@@ -74,16 +75,7 @@ def test_loss_and_gradients_equal_the_reference(name, megatron):
     expected = reference_total(weights, model, pack, features)
     expected.backward()
 
-    ours = build(model, shared_projector=True)
-    load_parameters(ours, from_hf(random_weights(model).items(), name_table(model)))
-    losses = ours(pack, features)
-    losses.sum().backward()
-
-    assert_equal_to_rounding(losses.sum(), expected)
-    gradients = dict(to_hf(((n, gradient(p)) for n, p in ours.named_parameters()), name_table(model)))
-    assert gradients.keys() == weights.keys()
-    for parameter, found in gradients.items():
-        assert_equal_to_rounding(found, gradient(weights[parameter]), parameter)
+    assert_learns_as_the_reference(model, True, pack, features, expected, weights)
 
 
 @pytest.mark.parametrize("name", ["open_flamingo", "llama_3_2"])

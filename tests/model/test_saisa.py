@@ -138,6 +138,23 @@ VARIANTS = [
 ]
 
 
+def assert_learns_as_the_reference(
+    model: ModelConfig, shared: bool, pack: Pack, features: Tensor, expected: Tensor, weights: dict[str, Tensor]
+) -> None:
+    """The loss, and the gradient of every weight by Hugging Face name; `weights` have those of `expected`."""
+    ours = build(model, shared)
+    load_parameters(ours, from_hf(random_weights(model).items(), name_table(model)))
+    losses = ours(pack, features)
+    losses.sum().backward()
+
+    assert losses.shape == (pack.num_targets,)
+    assert_equal_to_rounding(losses.sum(), expected)
+    gradients = dict(to_hf(((n, gradient(p)) for n, p in ours.named_parameters()), name_table(model)))
+    assert gradients.keys() == weights.keys()
+    for name, found in gradients.items():
+        assert_equal_to_rounding(found, gradient(weights[name]), name)
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_loss_and_gradients_equal_the_reference(changes, megatron):
     model = tiny(**changes)
@@ -146,17 +163,7 @@ def test_loss_and_gradients_equal_the_reference(changes, megatron):
     expected = reference_total(weights, model, pack, features)
     expected.backward()
 
-    saisa = build(model)
-    load_parameters(saisa, from_hf(random_weights(model).items(), name_table(model)))
-    losses = saisa(pack, features)
-    losses.sum().backward()
-
-    assert losses.shape == (pack.num_targets,)
-    assert_equal_to_rounding(losses.sum(), expected)
-    gradients = dict(to_hf(((n, gradient(p)) for n, p in saisa.named_parameters()), name_table(model)))
-    assert gradients.keys() == weights.keys()
-    for name, ours in gradients.items():
-        assert_equal_to_rounding(ours, gradient(weights[name]), name)
+    assert_learns_as_the_reference(model, False, pack, features, expected, weights)
 
 
 def test_the_shared_projector_is_the_same_projector_in_every_layer(megatron):

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from common.console import UsageError
-from pipeline.config import RunConfig, load_config, to_yaml
+from pipeline.config import RunConfig, check_places, load_config, to_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -140,6 +140,23 @@ def test_a_file_that_is_not_text_says_so(tmp_path):
     (tmp_path / "run.yaml").write_bytes("run_dir: l\u00e4ufe".encode("latin-1"))
     with pytest.raises(UsageError, match=r"run.yaml: not UTF-8 .* save it as that"):
         load_config(tmp_path / "run.yaml", [])
+
+
+def test_a_run_needs_the_folders_it_starts_from(tmp_path):
+    base = tmp_path / "base"
+    places = [f"init.base={base}", f"init.projector={tmp_path / 'stage1'}"]
+    config = load_config(CONFIGS / "demo-stage2.yaml", places)
+    with pytest.raises(
+        ValueError, match=f"{base}: no base folder here .no config.json.; make one with `make import-hf`"
+    ):
+        check_places(config)
+    base.mkdir()
+    (base / "config.json").touch()
+    with pytest.raises(ValueError, match=f"init.projector={tmp_path}/stage1: no such folder; run stage 1 first"):
+        check_places(config)
+    (tmp_path / "stage1").mkdir()
+    check_places(config)
+    check_places(load_config(CONFIGS / "demo-stage1.yaml", places[:1]))
 
 
 def test_a_finetune_needs_projectors_to_start_from():
