@@ -33,9 +33,8 @@ Kernel = Literal["dense", "torch_varlen", "flash_attn", "block"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 HALF = (torch.bfloat16, torch.float16)
 # A varlen call gathers, and keeps until the backward pass, the keys and values of every segment. Where that is more
-# than twice what the pack has, `block`, which takes each where it is, wins even if it reaches but half of flash's rate:
-# with n images and text between them, all in one sample, from n = 3 on. By traced bytes and FLOPs, which
-# docs/benchmarks.md lists; never measured.
+# than twice what the pack has, `block`, which takes each where it is, should win: with n images and text between them,
+# all in one sample, from n = 3 on. Reasoned, see docs/benchmarks.md; never measured.
 MAX_KEY_EXPANSION = 2.0
 
 
